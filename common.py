@@ -1,0 +1,780 @@
+"""What all methods share: command line, datasets, augmentations, encoder, training loop, k-NN.
+
+Nothing in this file knows a method. Read a method's script first and look things up here.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+class Unusable(ValueError):
+    """The command line, the data or a checkpoint cannot be used: one line, exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run itself failed; the last good checkpoint is whole: one line, exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, defaults in --help, and no abbreviated flags."""
+
+    def __init__(self, description):
+        super().__init__(description=description.splitlines()[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise Unusable(message)
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite int or float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def widths(text):
+    """An argparse type: "2048-2048-2048" -> [2048, 2048, 2048]."""
+    values = text.split("-")
+    if not all(value.isdecimal() and 0 < int(value) <= 65536 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of layer widths such as 512-512-512")
+    return [int(value) for value in values]
+
+
+def add_common_arguments(parser, **defaults):
+    """Add the flags that every method has; `defaults` are the method's own."""
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
+    add("--data-dir", default="data", help="where the dataset lies, or is downloaded to")
+    add("--image-size", type=number(int, 8, 1024), help="side of a view in pixels (default: the dataset's own; folder: 224)")
+    add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
+    add("--epochs", type=number(int, 1), help="passes over the data")
+    add("--batch-size", type=number(int, 2), help="n, images per step")
+    add("--optimizer", choices=("adamw", "lars"), help="adamw up to batch 256, lars for large batches")
+    add("--lr", type=number(float, 0), help="peak learning rate for a batch of 256; scaled by batch size / 256")
+    add("--weight-decay", type=number(float, 0), help="on weights only, never on biases and norms")
+    add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up before the cosine")
+    add("--width", type=number(int, 1), help="base channels of the ResNet; the standard one has 64")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, data order and augmentations")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--precision", choices=("fp32", "bf16"), help="of the encoder (default: bf16 where the hardware has it)")
+    add("--compile", action="store_true", help="torch.compile the model: worth its minute on long runs")
+    add("--eval-every", type=number(int, 0), help="epochs between k-NN evaluations; 0: only after the last")
+    add("--out", help="folder of the run (default: runs/METHOD-DATASET)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.set_defaults(**defaults)
+
+
+def parse(parser, argv=None):
+    """Parse argv and settle what depends on the machine: device, precision, --out, image size.
+
+    Raises Unusable with one line that names the flag.
+    """
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    args.precision = args.precision or ("bf16" if bf16_is_fast(args.device) else "fp32")
+    args.image_size = args.image_size or DATASETS[args.dataset]
+    args.out = args.out or f"runs/{args.method}-{args.dataset}"
+    if args.warmup_epochs > args.epochs:
+        raise Unusable(f"argument --warmup-epochs: {args.warmup_epochs} is more than the {args.epochs} epochs of the run")
+    existing = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise Unusable(f"argument --out: {existing} is a file, not a folder")
+    if not args.resume and (Path(args.out) / "checkpoint.pt").exists():
+        raise Unusable(f"argument --out: {args.out} already holds a run; --resume goes on with it, another --out starts afresh")
+    return args
+
+
+def pick_device(name):
+    """"auto" -> the best device of this machine. Raises Unusable for one that it lacks."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise Unusable(f"argument --device: no {name} on this machine; use --device auto")
+    return name
+
+
+def bf16_is_fast(device):
+    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def command_line(main):
+    """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
+    try:
+        main()
+    except Unusable as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------------
+
+DATASETS = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 224}  # image sizes
+
+@dataclass
+class Dataset:
+    """Images [N, 3, S, S] uint8 and, per label name, classes [N] int64. The first name is *the* label."""
+    images: torch.Tensor                       # what to pre-train on, no labels needed
+    train_images: torch.Tensor                 # the same, but for STL-10: its 5,000 labelled images
+    train_labels: dict
+    test_images: torch.Tensor
+    test_labels: dict
+
+
+def load_dataset(args):
+    """The dataset that args name, resized to args.image_size, on args.device.
+
+    Raises Unusable where the data is missing, empty or unreadable, or smaller than one batch.
+    """
+    load = {"shapes": load_shapes, "stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)
+    data = load(args)
+    if args.holdout:                           # every tenth training image plays the test image
+        held = torch.arange(len(data.train_images)) % 10 == 0
+        split = lambda labels, where: {name: y[where] for name, y in labels.items()}
+        images = data.train_images[~held] if data.images is data.train_images else data.images
+        data = Dataset(images, data.train_images[~held], split(data.train_labels, ~held),
+                       data.train_images[held], split(data.train_labels, held))
+    if args.batch_size > len(data.images):
+        raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
+    shared = data.images is data.train_images
+    data.train_images, data.test_images = data.train_images.to(args.device), data.test_images.to(args.device)
+    data.images = data.train_images if shared else data.images.to(args.device)
+    return data
+
+
+def resize(images, size):
+    """[N, 3, H, W] uint8 -> [N, 3, size, size] uint8."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return torch.cat([F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+                      for part in images.split(1000)])
+
+
+def torchvision_dataset(name, args, **options):
+    """One of torchvision's datasets from args.data_dir, downloaded where it is not there yet."""
+    try:
+        return getattr(torchvision.datasets, name)(args.data_dir, download=True, **options)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}, and no download: {error}") from error
+
+
+def load_cifar(args):
+    name = args.dataset.upper()
+    parts = [torchvision_dataset(name, args, train=train) for train in (True, False)]
+    images = [resize(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), args.image_size) for part in parts]
+    labels = [{"class": torch.tensor(part.targets)} for part in parts]
+    if name == "CIFAR100":
+        for part, label in zip(parts, labels):
+            label["superclass"] = torch.tensor(CIFAR100_SUPERCLASS)[label["class"]]
+    return Dataset(images[0], images[0], labels[0], images[1], labels[1])
+
+
+CIFAR100_SUPERCLASS = [  # of each of the 100 classes in alphabetical order (Krizhevsky 2009, table on page 33)
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
+    12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
+    12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
+
+
+def load_stl10(args):
+    parts = {split: torchvision_dataset("STL10", args, split=split) for split in ("unlabeled", "train", "test")}
+    images = {split: resize(torch.from_numpy(part.data), args.image_size) for split, part in parts.items()}
+    label = lambda split: {"class": torch.from_numpy(parts[split].labels).long()}
+    return Dataset(images["unlabeled"], images["train"], label("train"), images["test"], label("test"))
+
+
+def load_folder(args):
+    """DIR/train/<class>/* and DIR/test/<class>/* (or val), decoded once into one uint8 tensor."""
+    root = Path(args.data_dir)
+    test = root / "test" if (root / "test").is_dir() else root / "val"
+    for part in (root, root / "train", test):
+        if not part.is_dir():
+            raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*")
+    try:
+        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", test))
+    except FileNotFoundError as error:         # no class folder, or one without images
+        raise Unusable(f"argument --data-dir: {error}") from error
+    if train.classes != test.classes:
+        differ = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise Unusable(f"argument --data-dir: class folder {differ} is in only one of {train.root} and {test.root}")
+
+    def decode(path):                          # shorter side to image_size, then the centre square
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (args.image_size,) * 2, Image.BICUBIC)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise Unusable(f"argument --data-dir: cannot read the image {path}: {error}") from error
+        return np.array(image)
+
+    def load(part):
+        images = torch.empty(len(part), 3, args.image_size, args.image_size, dtype=torch.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = pool.map(decode, (path for path, _ in part.samples))
+            for i, image in enumerate(tqdm(decoded, f"reading {part.root}", len(part), leave=False)):
+                images[i] = torch.from_numpy(image).permute(2, 0, 1)
+        return images, {"class": torch.tensor(part.targets)}
+
+    (images, labels), (test_images, test_labels) = load(train), load(test)
+    return Dataset(images, images, labels, test_images, test_labels)
+
+
+# ---- shapes: a small hierarchy with known labels, made on the fly ----
+
+SHAPES = {"shape": 10, "style": 4, "colour": 8, "pose": 4, "count": 4, "distance": 3}  # factor: classes
+
+
+def arc(x, y, radius, start, stop, steps=16):
+    """Points on an arc around (x, y), angles in turns."""
+    turns = np.linspace(start, stop, steps)
+    return [(x + radius * np.cos(2 * np.pi * t), y + radius * np.sin(2 * np.pi * t)) for t in turns]
+
+
+OUTLINES = [  # the ten shapes as polygons in [-1, 1]^2
+    [(0, -1), (0.8, 0.9), (-0.8, 0.9)],                                                       # triangle
+    arc(0, 0.45, 1, 0.5, 1),                                                                  # half-disc
+    arc(-0.45, -0.3, 0.5, 0.42, 0.95) + arc(0.45, -0.3, 0.5, 0.55, 1.08) + [(0, 1)],          # heart
+    arc(0, 0, 1, 0.1, 0.9) + arc(0.55, 0, 0.65, 0.82, 0.18),                                  # crescent
+    [(0, -1), (0.85, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.85, 0)],               # arrow
+    [(-0.9, -0.9), (0.9, -0.9), (0.9, -0.35), (0.27, -0.35), (0.27, 0.95), (-0.27, 0.95), (-0.27, -0.35), (-0.9, -0.35)],  # tee
+    [(-0.7, -0.95), (-0.1, -0.95), (-0.1, 0.35), (0.8, 0.35), (0.8, 0.95), (-0.7, 0.95)],     # ell
+    [(-0.9, -0.85), (-0.4, -0.85), (-0.4, 0.4), (0.4, 0.4), (0.4, -0.85), (0.9, -0.85), (0.9, 0.9), (-0.9, 0.9)],  # cup
+    arc(0, 0, 0.95, 0.11, 0.89, 24) + [(-0.1, 0)],                                            # disc with a wedge cut out
+    arc(0, -0.4, 0.6, 0.29, 1.21, 24) + [(0.17, 1), (-0.17, 1)],                              # pin
+]
+GRID = 192                                     # cells of a shape's distance table, over [-1.5, 1.5]^2
+
+
+def signed_distances():
+    """[10, GRID, GRID] float32: distance to each outline, negative inside, in units of the radius."""
+    axis = (np.arange(GRID) + 0.5) / GRID * 3 - 1.5
+    py, px = np.meshgrid(axis, axis, indexing="ij")
+    tables = []
+    for outline in OUTLINES:
+        ends = np.round(np.array(outline), 3)  # rounded: cos and sin differ in their last bit between machines
+        distance, inside = np.full((GRID, GRID), np.inf), np.zeros((GRID, GRID), bool)
+        for (ax, ay), (bx, by) in zip(ends, np.roll(ends, -1, axis=0)):
+            dx, dy = bx - ax, by - ay
+            t = np.clip(((px - ax) * dx + (py - ay) * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1)
+            distance = np.minimum(distance, np.sqrt((px - ax - t * dx) ** 2 + (py - ay - t * dy) ** 2))
+            if ay != by:                       # even-odd rule: a ray to the right crosses this edge
+                inside ^= ((ay > py) != (by > py)) & (px < ax + (py - ay) * dx / dy)
+        tables.append(np.where(inside, -distance, distance))
+    return np.stack(tables).astype(np.float32)
+
+
+def make_shapes(n, image_size, seed):
+    """n images of 1 to 4 copies of one object on textured ground, and the six factors behind them.
+
+    Returns images [n, 3, S, S] uint8 and {factor: [n] int64}. Factors are balanced and drawn
+    independently. The bytes depend on the arguments alone: numpy's RandomState is frozen, and
+    the drawing uses only operations that IEEE 754 rounds alike everywhere.
+    """
+    rng = np.random.RandomState(seed)
+    labels = {name: rng.permutation(np.arange(n) % classes) for name, classes in SHAPES.items()}
+    tables, images = signed_distances(), np.empty((n, 3, image_size, image_size), np.uint8)
+    f32 = lambda *shape: rng.random_sample(shape).astype(np.float32)
+    axis = (np.arange(image_size, dtype=np.float32) + np.float32(0.5)) / np.float32(image_size)
+    hues = np.array([(230, 60, 50), (240, 150, 40), (235, 225, 60), (90, 200, 70),
+                     (60, 200, 210), (70, 100, 240), (160, 80, 220), (240, 120, 190)], np.float32)
+    for start in range(0, n, 256):
+        y = {name: label[start:start + 256] for name, label in labels.items()}
+        b = len(y["shape"])
+        column = lambda values: np.asarray(values, np.float32).reshape(b, 1, 1)
+
+        # Ground: a random colour, smooth patches on two scales, grain.
+        ground = np.broadcast_to(40 + 90 * f32(b, 3, 1, 1), (b, 3, image_size, image_size)).copy()
+        for cells, strength in ((3, 60), (7, 50)):
+            noise, at = f32(b, 1, cells + 1, cells + 1) - np.float32(0.5), axis * np.float32(cells)
+            i = at.astype(int)
+            w = at - i.astype(np.float32)
+            rows = noise[:, :, i] * (1 - w)[:, None] + noise[:, :, i + 1] * w[:, None]
+            ground += strength * (rows[..., i] * (1 - w) + rows[..., i + 1] * w)
+        ground += 30 * (f32(b, 3, image_size, image_size) - np.float32(0.5))
+
+        # Object: colour with its own brightness, radius, direction; copies in distinct quadrants.
+        fill = (hues[y["colour"]] * (np.float32(0.75) + np.float32(0.35) * f32(b, 1)))[..., None, None]      # [b, 3, 1, 1]
+        radius = column(np.array([0.245, 0.205, 0.17], np.float32)[y["distance"]] * (np.float32(0.95) + np.float32(0.1) * f32(b)))
+        turn = (y["pose"] - 1.5) / 12 + 0.04 * (rng.random_sample(b) - 0.5)
+        cos, sin = (column(np.round(f(2 * np.pi * turn), 4)) for f in (np.cos, np.sin))
+        quadrant = np.argsort(rng.random_sample((b, 4)), axis=1, kind="stable")
+        for copy in range(4):
+            shift = (2 * f32(2, b, 1, 1) - 1) * (np.float32(0.27) - radius)
+            cy, cx = (column(q) * np.float32(0.5) + np.float32(0.25) + s
+                      for q, s in zip((quadrant[:, copy] // 2, quadrant[:, copy] % 2), shift))
+            dy, dx = (axis[:, None] - cy) / radius, (axis[None, :] - cx) / radius                            # [b, S, S]
+            u, v = cos * dx + sin * dy, cos * dy - sin * dx
+            cell = [np.clip((t + np.float32(1.5)) * np.float32(GRID / 3), 0, GRID - 1).astype(np.int32) for t in (v, u)]
+            pixels = radius * np.float32(image_size)
+            depth = -tables[y["shape"][:, None, None], cell[0], cell[1]] * pixels                           # in pixels
+            inside = np.clip(depth + np.float32(0.5), 0, 1) * column(y["count"] >= copy)
+            # style = 2 * striped + outlined: differences of lightness, so that they survive colour jitter.
+            period = u * np.float32(1.5)
+            stripe = column(y["style"] // 2) * (period - np.floor(period) < np.float32(0.5))
+            edge = column(y["style"] % 2) * np.clip(np.float32(0.2) * pixels - depth + np.float32(0.5), 0, 1)
+            paint = fill * (1 - np.float32(0.6) * stripe)[:, None]
+            paint = paint + edge[:, None] * (255 - paint)
+            ground += inside[:, None] * (paint - ground)
+        images[start:start + b] = np.rint(np.clip(ground, 0, 255))
+    return torch.from_numpy(images), {name: torch.from_numpy(label).long() for name, label in labels.items()}
+
+
+def load_shapes(args):
+    """20,000 + 4,000 images, the same for every --seed: the data is not part of the draw."""
+    (images, labels), (test_images, test_labels) = (make_shapes(n, args.image_size, seed) for n, seed in ((20000, 1), (4000, 2)))
+    return Dataset(images, images, labels, test_images, test_labels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentations: one batch at a time, every image with its own draw
+# ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class View:
+    """How one view is made: probabilities p_*, and ranges as torchvision's transforms take them."""
+    crop_scale: tuple = (0.08, 1.0)            # share of the image's area; aspect ratio in (3/4, 4/3)
+    p_flip: float = 0.5
+    p_jitter: float = 0.8
+    jitter: tuple = (0.4, 0.4, 0.2, 0.1)       # brightness, contrast, saturation, hue
+    p_grey: float = 0.2
+    p_blur: float = 0.0                        # sigma in (0.1, 2.0)
+    p_solarize: float = 0.0                    # threshold 0.5
+
+
+def draw_view(view, n, height, width, generator):
+    """Draw the parameters of n views of [3, height, width] images: {name: [n, ...]}, ranges as in `view`.
+
+    Factors are the neutral 1 (shift 0, sigma 0) where an operation is not drawn. "order" alone is
+    drawn once for all n: the sequence of the four colour operations.
+    """
+    device = generator.device
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
+    happens = lambda p: torch.rand(n, generator=generator, device=device) < p
+
+    # Crop as RandomResizedCrop draws it: area and log aspect ratio, at most ten attempts to fit.
+    area = height * width * uniform(*view.crop_scale, 10)                                   # [n, 10]
+    ratio = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3), 10))
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.float().argmax(1, keepdim=True)                                            # first attempt that fits
+    w, h = w.gather(1, first)[:, 0].clamp(1, width), h.gather(1, first)[:, 0].clamp(1, height)
+    top, left = (uniform(0, 1) * (height - h + 1)).floor(), (uniform(0, 1) * (width - w + 1)).floor()
+
+    jitter, (b, c, s, hue) = happens(view.p_jitter), view.jitter
+    factor = lambda strength: torch.where(jitter, uniform(max(0, 1 - strength), 1 + strength), 1.0)
+    return {"top": top, "left": left, "height": h, "width": w, "flip": happens(view.p_flip),
+            "order": torch.randperm(4, generator=generator, device=device).tolist(),
+            "brightness": factor(b), "contrast": factor(c), "saturation": factor(s),
+            "hue": torch.where(jitter, uniform(-hue, hue), 0.0), "grey": happens(view.p_grey),
+            "sigma": torch.where(happens(view.p_blur), uniform(0.1, 2.0), 0.0), "solarize": happens(view.p_solarize)}
+
+
+def resampling_matrix(start, length, flip, size_in, size_out):
+    """[n, size_out, size_in]: row i holds the weights of the input pixels that make output pixel i.
+
+    Bilinear with antialiasing, as torchvision's resize of the cut-out [start, start + length).
+    """
+    ## A crop, its resize and its flip are linear in the image and separable: one matrix per axis
+    ## does all three, each image with its own, on any device.
+    scale = (length / size_out)[:, None, None]
+    i = torch.arange(size_out, device=start.device)[None, :, None] + 0.5
+    i = torch.where(flip[:, None, None], size_out - i, i)
+    j = torch.arange(size_in, device=start.device)[None, None, :] + 0.5
+    j = j - start[:, None, None]                                                            # position inside the cut-out
+    weights = (1 - (j - i * scale).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((j > 0) & (j < length[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def blur_matrix(sigma, size):
+    """[n, size, size]: Gaussian blur along one axis, reflected at the border; identity where sigma is 0.
+
+    The kernel is a tenth of the image wide, as in SimCLR and BYOL: 23 at 224 px.
+    """
+    radius = max(1, size // 20)
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)               # [n, 2 radius + 1]
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    at = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()                  # [size, 2 radius + 1]
+    at = torch.where(at < size, at, 2 * (size - 1) - at)
+    return torch.zeros(len(sigma), size, size, device=sigma.device).scatter_add_(
+        2, at.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
+
+
+def grey(x):
+    """[n, 3, H, W] -> [n, 1, H, W], luma as ITU-R 601-2 weighs it."""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def blend(x, other, factor):
+    """factor * x + (1 - factor) * other, kept in [0, 1]; factor [n]."""
+    factor = factor[:, None, None, None]
+    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+
+
+def shift_hue(x, shift):
+    """Turn the hue of x [n, 3, H, W] in [0, 1] by shift [n], in turns of the colour circle."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)                                           # [n, H, W]
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    hue = torch.where(value == r, g - b, torch.where(value == g, 2 * chroma + b - r, 4 * chroma + r - g))
+    hue = hue / chroma.clamp(min=1e-6) + 6 * shift[:, None, None]                           # in sixths of a turn
+    k = hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]        # [n, 3, H, W]
+    k = k - 6 * (k / 6).floor_()
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def apply_view(images, p, size):
+    """[n, 3, H, W] uint8 and parameters of draw_view -> views [n, 3, size, size] float32 in [0, 1]."""
+    rows = resampling_matrix(p["top"], p["height"], torch.zeros_like(p["flip"]), images.shape[2], size)
+    columns = resampling_matrix(p["left"], p["width"], p["flip"], images.shape[3], size)
+    x = images.float().div_(255) @ columns.mT[:, None]                                      # [n, 3, H, size]
+    x = rows[:, None] @ x                                                                   # [n, 3, size, size]
+    operations = (lambda x: blend(x, 0, p["brightness"]),
+                  lambda x: blend(x, grey(x).mean((2, 3), keepdim=True), p["contrast"]),
+                  lambda x: blend(x, grey(x), p["saturation"]),
+                  lambda x: shift_hue(x, p["hue"]))
+    for i in p["order"]:
+        x = operations[i](x)
+    x = torch.where(p["grey"][:, None, None, None], grey(x), x)
+    if p["sigma"].any():
+        blur = blur_matrix(p["sigma"], size)[:, None]
+        x = blur @ x @ blur.mT
+    return torch.where(p["solarize"][:, None, None, None] & (x >= 0.5), 1 - x, x)
+
+
+def augment(images, view, size, generator):
+    """One view [n, 3, size, size], normalised float32, of images [n, 3, H, W] uint8."""
+    ## On a CPU, parts that fit its caches take a sixth of the time that the whole batch takes at once.
+    part = max(1, 2**17 // size**2) if images.device.type == "cpu" else len(images)
+    return torch.cat([normalise(apply_view(x, draw_view(view, *x[:, 0].shape, generator), size))
+                      for x in images.split(part)])
+
+
+def normalise(x):
+    """[n, 3, H, W] in [0, 1] -> ImageNet's mean 0 and standard deviation 1 per channel."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=x.device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=x.device)[:, None, None]
+    return (x - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoder
+# ---------------------------------------------------------------------------------------------
+
+class ResNet(nn.Module):
+    """torchvision's residual blocks without the classifier, with a choice of stem and width.
+
+    Up to 64 px, and on the map of an earlier encoder, the stem is one 3x3 convolution; larger images
+    get the standard 7x7 with stride 2 and max-pooling. The last BN of each block starts at zero.
+    """
+
+    def __init__(self, arch, image_size, in_channels=3, width=64):
+        super().__init__()
+        block, depths = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3))}[arch]
+        if image_size <= 64:
+            stem = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
+        else:
+            stem = [nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width),
+                    nn.ReLU(True), nn.MaxPool2d(3, stride=2, padding=1)]
+        self.stem, blocks, channels = nn.Sequential(*stem), [], width
+        for i, depth in enumerate(depths):
+            for j in range(depth):
+                planes, stride, shortcut = width * 2**i, 2 if i > 0 and j == 0 else 1, None
+                if stride > 1 or channels != planes * block.expansion:
+                    shortcut = nn.Sequential(nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                                             nn.BatchNorm2d(planes * block.expansion))
+                blocks.append(block(channels, planes, stride, shortcut, base_width=64))
+                channels = planes * block.expansion
+        self.blocks, self.channels = nn.Sequential(*blocks), channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_((module.bn2 if block is BasicBlock else module.bn3).weight)
+
+    def forward(self, x):
+        """[B, C, H, W] -> the map before pooling [B, channels, h, w]."""
+        return self.blocks(self.stem(x))
+
+
+def pool(y):
+    """Average-pool a map [B, C, h, w] -> [B, C]."""
+    return y.mean((2, 3))
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled, per weight tensor, by ||w|| / ||gradient|| (You et al. 2017).
+
+    Groups with lars=False (biases, norms) take plain momentum steps.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, eta=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, eta=eta, weight_decay=0.0, lars=True))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                g = p.grad
+                if group["lars"]:
+                    g = g + group["weight_decay"] * p
+                    ratio = group["eta"] * p.norm() / g.norm()
+                    g = g * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.mul_(group["momentum"]).add_(g)
+                p.sub_(velocity, alpha=group["lr"])
+
+
+def make_optimizer(model, args):
+    """AdamW or LARS; weight decay (and LARS's scaling) on weights only, not on biases and norms."""
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if args.optimizer == "lars":
+        return LARS([groups[0], {**groups[1], "lars": False}], lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, fused=args.device != "mps")
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Linear warm-up over `warmup` steps, then a cosine from peak to peak / 1000 at the last of `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return peak * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+def train(args, model, training_step, data):
+    """Train `model` on data.images and leave config, log, checkpoint and curves in args.out.
+
+    training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise,
+    its parts {name: scalar} and {level: [n, d]} to watch for collapse. All randomness of step t comes
+    from generators seeded with (args.seed, t), so that a resumed run draws what an undisturbed one does.
+    """
+    out, device = Path(args.out), args.device
+    per_epoch = len(data.images) // args.batch_size
+    steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
+    peak = args.lr * args.batch_size / 256
+    model.to(device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model, args)
+    first_epoch, history = 0, []
+    if args.resume:
+        state = load_checkpoint(out / "checkpoint.pt", args.method)
+        for name in state["config"].keys() - {"data_dir", "out", "device", "compile", "eval_every", "resume"}:
+            if state["config"][name] != getattr(args, name):
+                raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name)}, but the run in {out} was started with {state['config'][name]}")
+        first_epoch, history = state["epoch"], state["history"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    out.mkdir(parents=True, exist_ok=True)
+    config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    write(out / "config.json", json.dumps(config, indent=2).encode())
+    forward = torch.compile(model) if args.compile else model
+    generator = torch.Generator(device)
+
+    for epoch in range(first_epoch, args.epochs):
+        order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
+        order, sums, began = order.to(device), 0, time.perf_counter()
+        bar = tqdm(range(per_epoch), f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch_size, unit=" images",
+                   mininterval=0.5, leave=False)
+        for i in bar:
+            step = epoch * per_epoch + i
+            generator.manual_seed(args.seed * 1_000_003 + step)
+            images = data.images[order[i * args.batch_size:(i + 1) * args.batch_size]]
+            with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss, terms, embeddings = training_step(forward, images, args, generator)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, warmup, peak)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            terms = {"loss": loss, **terms}
+            sums = sums + torch.stack([term.detach() for term in terms.values()])
+            if i % 20 == 0 or i == per_epoch - 1:               # reading a value waits for the device
+                if not torch.isfinite(sums).all():
+                    name = next(name for name, total in reversed(list(zip(terms, sums))) if not torch.isfinite(total))
+                    raise RunFailed(f"{name} is not finite at step {step}; {out / 'checkpoint.pt'} keeps the last good epoch. Try a lower --lr.")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+        seconds = time.perf_counter() - began
+        row = {"epoch": epoch + 1, **{name: value / per_epoch for name, value in zip(terms, sums.tolist())},
+               "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
+               "peak_memory_mb": peak_memory_mb(device), "seconds": seconds,
+               "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()}}
+        last = epoch + 1 == args.epochs
+        if last or args.eval_every and (epoch + 1) % args.eval_every == 0:
+            features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
+            label, y = next(iter(data.train_labels.items()))
+            row["knn"] = {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
+        history.append(row)
+        report(row, args.epochs, history)
+        save_checkpoint(out / "checkpoint.pt", {"method": args.method, "config": vars(args), "epoch": epoch + 1, "history": history,
+                                                "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+        if last or "knn" in row:
+            draw_curves(history, out / "curves.png")
+
+
+def report(row, epochs, history):
+    """One line per epoch on the terminal, and a warning where the embeddings collapse."""
+    show = lambda name, values: name + " " + " / ".join(values)
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}",
+             show("rank", [f"{rank:.0f}" for rank in row["effective_rank"].values()])]
+    if "knn" in row:
+        parts.append(show("k-NN", [f"{100 * accuracy:.1f}" for accuracy in row["knn"].values()]))
+    tqdm.write("  ".join(parts + [f"{row['images_per_second']:.0f} images/s", f"{row['peak_memory_mb']:.0f} MB"]))
+    for level, rank in row["effective_rank"].items():
+        if rank < 3 and not any(past["effective_rank"][level] < 3 for past in history[:-1]):
+            tqdm.write(f"warning: level {level} is collapsing: its embeddings have an effective rank of {rank:.1f}. "
+                       "Try a larger variance weight or a lower --lr.", file=sys.stderr)
+
+
+def peak_memory_mb(device):
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def effective_rank(z):
+    """RankMe of embeddings z [n, d]: exp of the entropy of their normalised singular values, in [1, min(n, d)].
+
+    Not centred, so that embeddings which all became one vector have rank 1 (Garrido et al. 2023, Eq. 1).
+    """
+    s = torch.linalg.svdvals(z.detach().float().cpu())
+    p = s / s.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def write(path, content):
+    """Write bytes so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def save_checkpoint(path, state):
+    aside = path.with_name(path.name + ".tmp")
+    torch.save(state, aside)
+    os.replace(aside, path)
+
+
+def load_checkpoint(path, method=None):
+    """A checkpoint written by train(). Raises Unusable where it is missing, damaged or of another method."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
+    except Exception as error:                 # torch.load has no common base class for what it raises on foreign bytes
+        raise Unusable(f"{path}: not a checkpoint that these scripts wrote: {str(error).splitlines()[0]}") from error
+    fields = {"method": str, "config": dict, "epoch": int, "history": list, "model": dict, "optimizer": dict}
+    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in fields.items()):
+        raise Unusable(f"{path}: not a checkpoint that these scripts wrote")
+    if method and state["method"] != method:
+        raise Unusable(f"{path}: a checkpoint of {state['method']}.py, not of {method}.py")
+    return state
+
+
+def draw_curves(history, path):
+    """The log as four small plots over epochs: loss, its terms, effective rank, k-NN accuracy."""
+    epochs = [row["epoch"] for row in history]
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    terms = [name for name in history[0] if name not in
+             ("epoch", "lr", "loss", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "knn")]
+    axes[0].plot(epochs, [row["loss"] for row in history], "o-", label="loss")
+    for name in terms:
+        axes[1].plot(epochs, [row[name] for row in history], "o-", label=name)
+    for axis, field in zip(axes[2:], ("effective_rank", "knn")):
+        rows = [row for row in history if field in row]
+        for level in rows[0][field] if rows else ():
+            axis.plot([row["epoch"] for row in rows], [row[field][level] for row in rows], "o-", label=f"level {level}")
+    for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank of the embeddings", "k-NN accuracy")):
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[1].set_yscale("log")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# Judging a frozen encoder
+# ---------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def extract(model, images, args):
+    """Representations {level: [N, D] float32} of images [N, 3, S, S] uint8 by the model in evaluation mode."""
+    training, parts = model.training, []
+    model.eval()
+    for batch in images.split(500):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+            x = normalise(batch.float() / 255).contiguous(memory_format=torch.channels_last)
+            parts.append({level: y.float() for level, y in model.representations(x).items()})
+    model.train(training)
+    return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+
+
+def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):
+    """Top-1 accuracy in [0, 1] of the weighted k-nearest-neighbour vote (Wu et al. 2018, section 3.4).
+
+    features [N, D], labels [N], the same for test. Each of the k neighbours most similar by cosine
+    votes with weight exp(similarity / temperature). k and temperature are S-JEA's authors' defaults.
+    """
+    features, test_features = F.normalize(features, dim=1), F.normalize(test_features, dim=1)
+    labels, test_labels = labels.to(features.device), test_labels.to(features.device)
+    correct, k = 0, min(k, len(features))
+    for x, y in zip(test_features.split(1000), test_labels.split(1000)):
+        similarity, neighbours = (x @ features.T).topk(k)                                   # [b, k]
+        votes = torch.zeros(len(x), int(labels.max()) + 1, device=x.device)
+        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == y).sum().item()
+    return correct / len(test_features)

@@ -1,0 +1,199 @@
+"""S-JEA: stacked joint-embedding architectures, VICReg on VICReg.
+
+Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
+
+    python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
+    python sjea.py --stacks 2 --dataset stl10
+
+A second encoder reads the *map* of the first, before pooling, and each stack has its own projector
+and its own VICReg loss. In the paper's Algorithm 1, with f1, h1 here f[0], h[0] and f2, h2 here f[1], h[1]:
+
+    y0 = f[0](x)   map [B, 512, h, w]       z0 = h[0](pool(y0))   embeddings [B, d]       loss0(z0_1, z0_2)
+    y1 = f[1](y0)  map [B, 512, h', w']     z1 = h[1](pool(y1))                           loss1(z1_1, z1_2)
+
+    Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]   in each stack
+             loss = loss0 + loss1, and it flows back through all stacks
+
+The terms s, v, c are VICReg's Eq. (1) to (5), in the convention of vicreg.py: s is also divided by d,
+and the variance term is halved, as in S-JEA's own code. Algorithm 1 prints y1_1 = f2(y1_1), a slip for
+f2(y0_1). A later stack's stem is the 3x3 convolution, whatever stem the first has: with it the two
+stacks count the 23.2 M parameters of Table 2. With --stacks 1 this script is vicreg.py, bit for bit.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import eval_linear
+from common import View, pool
+
+# ---- loss terms -----------------------------------------------------------------------------
+
+
+def invariance(z1, z2):
+    """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
+
+    z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
+    """
+    ## Alone, this term is minimised by sending every image to one point: run with --mu 0 --nu 0.
+    return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
+
+
+def variance(z, gamma=1.0, eps=1e-4):
+    """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
+
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
+    """
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root
+    ## matters: the gradient of the variance itself vanishes where a dimension has collapsed.
+    S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
+    return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
+
+
+def covariance(z):
+    """c(Z) of VICReg Eq. (4): squared off-diagonal covariances, summed and divided by d.
+
+    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
+    """
+    ## Variance alone keeps each dimension alive but lets all of them say the same thing.
+    ## This term is what spreads information over dimensions. Try --nu 0 and watch effective_rank.
+    n, d = z.shape
+    z = z - z.mean(dim=0)                                                 # [n, d]
+    C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
+    return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
+
+
+def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
+    """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
+
+    z1, z2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
+    a scalar, and the three unweighted terms by name as they enter it.
+    """
+    with torch.autocast(z1.device.type, enabled=False):                   # bf16 would round C(Z)
+        z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+        s = invariance(z1, z2)
+        ## The paper adds the two views' variances; the authors' code takes their mean. With the sum,
+        ## mu = 25 would weigh twice as much as published.
+        v = (variance(z1) + variance(z2)) / 2
+        c = covariance(z1) + covariance(z2)
+        loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
+    return loss, {"invariance": s, "variance": v, "covariance": c}
+
+
+# ---- model ----------------------------------------------------------------------------------
+
+
+def projector(in_features, widths):
+    """h: fully connected layers, BN and ReLU after each but the last, the last without bias."""
+    layers = []
+    for width in widths[:-1]:
+        layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU(True)]
+        in_features = width
+    return nn.Sequential(*layers, nn.Linear(in_features, widths[-1], bias=False))
+
+
+class SJEA(nn.Module):
+    """Encoders f[0], f[1], ... and projectors h[0], h[1], ..., shared by both views."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
+        channels, size = 3, args.image_size
+        for has_projector in args.projectors:
+            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))
+            channels, size = self.f[-1].channels, 1                       # later stacks read a small map
+            self.h.append(projector(channels, args.projector) if has_projector == "1" else nn.Identity())
+
+    def maps(self, x):
+        """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, 512, h, w]."""
+        ys = []
+        for f in self.f:
+            ## Nothing is resized or pooled between stacks: stack 1 sees where in the image y0 found
+            ## what. With --stop-gradient, loss1 cannot reshape y0, and stack 0 is plain VICReg.
+            x = f(x.detach() if ys and self.stop_gradient else x)         # S-JEA Algorithm 1: y0 = f1(x), y1 = f2(y0)
+            ys.append(x)
+        return ys
+
+    def forward(self, x_1, x_2):
+        """Two views [B, 3, H, W] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d]."""
+        return [(h(pool(y_1)), h(pool(y_2)))                              # S-JEA Algorithm 1: z0 = h1(y0), z1 = h2(y1)
+                for h, y_1, y_2 in zip(self.h, self.maps(x_1), self.maps(x_2))]
+
+    def representations(self, x):
+        """{level: [B, 512]}: what is kept after training, each stack's pooled map."""
+        return {str(stack): pool(y) for stack, y in enumerate(self.maps(x))}
+
+
+# ---- one training step ----------------------------------------------------------------------
+
+
+def transformations(args):
+    """(t_1, t_2): the published distributions of the two views. Up to 64 px blur is left out."""
+    crop, blur = (args.crop_min, 1.0), args.image_size > 64
+    if args.augmentation == "sjea":
+        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
+    ## VICReg's two views differ: the first is always blurred, the second rarely, but at times solarized.
+    return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
+
+
+def training_step(model, x, args, generator):
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    t_1, t_2 = transformations(args)
+    x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
+    x_2 = common.augment(x, t_2, args.image_size, generator)
+    loss, terms, embeddings = 0, {}, {}
+    for stack, (z_1, z_2) in enumerate(model(x_1, x_2)):                  # z_1, z_2: [B, d]
+        loss_k, terms_k = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)      # S-JEA Eq. (1)
+        loss = loss + args.stack_weights[stack] * loss_k                  # S-JEA Algorithm 1: loss0 + loss1
+        terms |= {f"{name}_{stack}": term for name, term in terms_k.items()}
+        embeddings[str(stack)] = z_1
+    return loss, terms, embeddings
+
+
+# ---- arguments ------------------------------------------------------------------------------
+
+
+def arguments(argv=None):
+    parser = common.Parser(__doc__)
+    add, number = parser.add_argument, common.number
+    add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
+    add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
+    add("--projector", type=common.widths, default="512-512-512", help="widths of h's layers; the last is d")
+    add("--projectors", help="which stacks have one, Table 3: 10 is on stack 0 and none on stack 1 (default: all)")
+    add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
+    add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
+    add("--augmentation", choices=("vicreg", "sjea"), default="vicreg", help="the distributions of the two views")
+    add("--crop-min", type=number(float, 0.01, 1), default=0.08, help="smallest crop, as a share of the image")
+    add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
+    add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
+    add("--nu", type=number(float, 0), default=1.0, help="nu: weight of the covariance term")
+    common.add_common_arguments(parser, method="sjea", epochs=5, batch_size=256, optimizer="adamw", lr=2e-3,
+                                weight_decay=1e-4, warmup_epochs=0.5, width=16, eval_every=5)
+    args = common.parse(parser, argv)
+    args.projectors = args.projectors or "1" * args.stacks
+    args.stack_weights = args.stack_weights or [1.0] * args.stacks
+    if len(args.projectors) != args.stacks or set(args.projectors) - set("01"):
+        raise common.Unusable(f"argument --projectors: {args.projectors} is not one 0 or 1 for each of {args.stacks} stacks")
+    if len(args.stack_weights) != args.stacks:
+        raise common.Unusable(f"argument --stack-weights: {len(args.stack_weights)} weights for {args.stacks} stacks")
+    return args
+
+
+# ---- main -----------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = arguments(argv)
+    data = common.load_dataset(args)
+    torch.manual_seed(args.seed)
+    model = SJEA(args)
+    for stack, (f, h) in enumerate(zip(model.f, model.h)):                # S-JEA Table 2
+        f_million, h_million = common.count_parameters(f) / 1e6, common.count_parameters(h) / 1e6
+        print(f"stack {stack}: {f_million + h_million:.2f} M parameters (encoder {f_million:.2f}, projector {h_million:.2f})")
+    print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
+    common.train(args, model, training_step, data)
+    eval_linear.main([f"{args.out}/checkpoint.pt"])
+
+
+if __name__ == "__main__":
+    common.command_line(main)

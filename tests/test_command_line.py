@@ -1,0 +1,164 @@
+"""Bad input to any script: exit code 2, one line that names what is wrong, nothing written."""
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import eval_linear
+import sjea
+import vicreg
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders of images and checkpoint files, most of them unusable in one way."""
+    root = tmp_path_factory.mktemp("bad")
+    def tree(name, *missing):
+        for part in ("train", "test"):
+            for label in ("cat", "dog"):
+                folder = root / name / part / label
+                folder.mkdir(parents=True)
+                for i in range(2):
+                    Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+        for path in missing:
+            path = root / name / path
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return root / name
+    tree("good")
+    tree("no_train", "train")
+    tree("no_test", "test")
+    tree("no_classes", "train/cat", "train/dog")
+    tree("empty_class", "train/dog/0.png", "train/dog/1.png")
+    tree("other_classes", "test/dog")
+    (tree("text_as_image") / "train" / "cat" / "1.png").write_text("no image")
+    (tree("zero_bytes") / "test" / "dog" / "0.png").write_bytes(b"")
+    whole = (tree("truncated") / "train" / "cat" / "1.png")
+    whole.write_bytes(whole.read_bytes()[:40])
+    (root / "a_file").write_text("")
+    (root / "text.pt").write_text("not a checkpoint")
+    (root / "pickle.pt").write_bytes(pickle.dumps({"method": "vicreg"}))
+    torch.save({"weights": torch.zeros(2)}, root / "foreign.pt")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, made):
+    """A real checkpoint of vicreg.py on the folder of images, and damaged copies of it."""
+    out = tmp_path_factory.mktemp("run")
+    vicreg.main(["--dataset", "folder", "--data-dir", str(made / "good"), "--image-size", "8", "--batch-size", "4", "--epochs", "1",
+                 "--width", "2", "--projector", "4-4", "--out", str(out)])
+    whole = (out / "checkpoint.pt").read_bytes()
+    (out / "half.pt").write_bytes(whole[:len(whole) // 2])
+    for name, field, value in (("unknown.pt", "method", "simclr"), ("no_model.pt", "model", {}), ("no_config.pt", "config", {})):
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        state[field] = value
+        torch.save(state, out / name)
+    (out / "eval.json").unlink()
+    return out
+
+
+FOLDER = "--dataset folder --image-size 8 --batch-size 4 --data-dir {made}/"
+BAD = [  # script, flags, words of the line
+    ("sjea", "--dataset imagenet", "--dataset imagenet stl10"),
+    ("sjea", "--unknown 3", "--unknown"),
+    ("sjea", "--epoch 3", "--epoch"),
+    ("sjea", "--epochs 0", "--epochs 0"),
+    ("sjea", "--epochs many", "--epochs many"),
+    ("vicreg", "--batch-size 1", "--batch-size 1"),
+    ("vicreg", "--batch-size 20001", "--batch-size 20001 20000"),
+    ("vicreg", "--lr -1", "--lr -1"),
+    ("vicreg", "--lr nan", "--lr nan"),
+    ("vicreg", "--weight-decay inf", "--weight-decay inf"),
+    ("vicreg", "--warmup-epochs 9 --epochs 5", "--warmup-epochs 9 5"),
+    ("vicreg", "--mu -25", "--mu -25"),
+    ("vicreg", "--lambda x", "--lambda x"),
+    ("vicreg", "--crop-min 0", "--crop-min 0"),
+    ("vicreg", "--crop-min 1.5", "--crop-min 1.5"),
+    ("vicreg", "--image-size 7", "--image-size 7"),
+    ("vicreg", "--image-size 5000", "--image-size 5000"),
+    ("vicreg", "--width 0", "--width 0"),
+    ("vicreg", "--arch resnet34", "--arch resnet34 resnet50"),
+    ("vicreg", "--projector 512-0-512", "--projector 512-0-512"),
+    ("vicreg", "--projector big", "--projector big"),
+    ("vicreg", "--optimizer sgd", "--optimizer sgd lars"),
+    ("vicreg", "--precision fp16", "--precision fp16 bf16"),
+    ("vicreg", "--device tpu", "--device tpu"),
+    ("vicreg", "--seed -1", "--seed -1"),
+    ("vicreg", "--augmentation simclr", "--augmentation simclr sjea"),
+    ("vicreg", "--stacks 2", "--stacks"),
+    ("vicreg", "--out {made}/a_file", "--out a_file"),
+    ("vicreg", "--out {made}/a_file/run", "--out a_file"),
+    ("sjea", "--stacks 0", "--stacks 0"),
+    ("sjea", "--stacks two", "--stacks two"),
+    ("sjea", "--projectors 101", "--projectors 101 2"),
+    ("sjea", "--projectors 12", "--projectors 12"),
+    ("sjea", "--stack-weights 1 1 1", "--stack-weights 3 2"),
+    ("sjea", "--stack-weights 1 -1", "--stack-weights -1"),
+    ("sjea", "--dataset folder --data-dir {made}/nowhere", "--data-dir nowhere"),
+    ("sjea", "--dataset folder --data-dir {made}/a_file", "--data-dir a_file"),
+    ("sjea", "--dataset cifar10 --data-dir {made}/a_file", "--data-dir CIFAR10"),
+    ("sjea", FOLDER + "no_train", "--data-dir train"),
+    ("sjea", FOLDER + "no_test", "--data-dir no_test test"),
+    ("sjea", FOLDER + "no_classes", "--data-dir class"),
+    ("sjea", FOLDER + "empty_class", "--data-dir dog"),
+    ("sjea", FOLDER + "other_classes", "--data-dir dog"),
+    ("sjea", FOLDER + "text_as_image", "--data-dir cat/1.png"),
+    ("sjea", FOLDER + "zero_bytes", "--data-dir dog/0.png"),
+    ("sjea", FOLDER + "truncated", "--data-dir cat/1.png"),
+    ("sjea", "--dataset folder --data-dir {made}/good --image-size 8 --batch-size 5", "--batch-size 5 4"),
+    ("sjea", "--resume", "--resume checkpoint.pt"),
+    ("sjea", "--resume --out {checkpoints}", "checkpoint.pt vicreg.py sjea.py"),
+    ("sjea", "--out {checkpoints}", "--out --resume"),
+    ("eval_linear", "", "checkpoint"),
+    ("eval_linear", "{made}/nothing.pt", "nothing.pt"),
+    ("eval_linear", "{made}", "bad"),
+    ("eval_linear", "{made}/text.pt", "text.pt"),
+    ("eval_linear", "{made}/pickle.pt", "pickle.pt"),
+    ("eval_linear", "{made}/foreign.pt", "foreign.pt"),
+    ("eval_linear", "{checkpoints}/half.pt", "half.pt"),
+    ("eval_linear", "{checkpoints}/unknown.pt", "unknown.pt simclr vicreg"),
+    ("eval_linear", "{checkpoints}/no_model.pt", "no_model.pt"),
+    ("eval_linear", "{checkpoints}/no_config.pt", "no_config.pt"),
+    ("eval_linear", "{checkpoints}/checkpoint.pt --labels shape", "--labels shape class"),
+    ("eval_linear", "{checkpoints}/checkpoint.pt --data-dir {made}/nowhere", "--data-dir nowhere"),
+    ("eval_linear", "{checkpoints}/checkpoint.pt --data-dir {made}/other_classes", "--data-dir dog"),
+]
+
+
+@pytest.mark.parametrize("script, flags, words", BAD, ids=[f"{script} {flags}" for script, flags, _ in BAD])
+def test_bad_input(script, flags, words, made, checkpoints, tmp_path, monkeypatch, capfd):
+    flags = flags.format(made=made, checkpoints=checkpoints).split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    monkeypatch.setattr(common, "augment", lambda *args: pytest.fail("training began"))
+    if script != "eval_linear" and "--out" not in flags:
+        flags += ["--out", "new"]
+    before = snapshot(made, checkpoints)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.command_line({"vicreg": vicreg, "sjea": sjea, "eval_linear": eval_linear}[script].main)
+    error = capfd.readouterr().err.split("\r")[-1].strip()
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1 and error.startswith(f"{script}.py: ")
+    assert all(word in error for word in words.split()), error
+    assert not list(tmp_path.iterdir()) and snapshot(made, checkpoints) == before
+
+
+def snapshot(*folders):
+    return {path: path.is_file() and path.read_bytes() for folder in folders for path in folder.rglob("*")}
+
+
+def test_as_a_command(tmp_path):
+    """The same in a process of its own: exit code, one line, no traceback."""
+    done = subprocess.run([sys.executable, ROOT / "sjea.py", "--stacks", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sjea.py: argument --stacks: 0 is not in [1, 16]\n"

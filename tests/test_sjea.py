@@ -1,0 +1,101 @@
+"""sjea.py: one stack is VICReg, gradients between stacks, Table 2's counts, Table 3's settings, map sizes."""
+import pytest
+import torch
+
+import common
+import sjea
+import vicreg
+
+SMALL = ["--width", "8", "--projector", "16-16-16", "--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_stack_is_vicreg_bit_for_bit(precision, shapes_64):
+    """Twenty optimizer steps from the same seed: equal losses, equal parameters."""
+    runs = {}
+    for method, model_class, flags in ((vicreg, vicreg.VICReg, []), (sjea, sjea.SJEA, ["--stacks", "1"])):
+        args = method.arguments(SMALL + ["--precision", precision] + flags)
+        torch.manual_seed(0)
+        model = model_class(args).to(memory_format=torch.channels_last)
+        optimizer, generator, losses = common.make_optimizer(model, args), torch.Generator(), []
+        for step in range(20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss, _, _ = method.training_step(model, shapes_64.images, args, generator.manual_seed(step))
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        runs[method] = losses, [p.detach().clone() for p in model.parameters()]
+    assert runs[vicreg][0] == runs[sjea][0] and len(set(runs[sjea][0])) == 20
+    assert all(torch.equal(p, q) for p, q in zip(runs[vicreg][1], runs[sjea][1], strict=True))
+
+
+def stem_gradient(flags, stack, images):
+    """Gradient of stack's own loss at the first convolution of stack 0."""
+    args = sjea.arguments(SMALL + flags)
+    torch.manual_seed(0)
+    model = sjea.SJEA(args)
+    x = common.normalise(images.float() / 255)
+    z_1, z_2 = model(x, x.flip(3))[stack]
+    vicreg.vicreg_loss(z_1, z_2)[0].backward()
+    return model.f[0].stem[0].weight.grad
+
+
+def test_gradient_between_stacks(shapes_64):
+    assert stem_gradient([], 1, shapes_64.images).abs().sum() > 0
+    assert stem_gradient(["--stop-gradient"], 1, shapes_64.images) is None
+    own, stopped = (stem_gradient(flags, 0, shapes_64.images) for flags in ([], ["--stop-gradient"]))
+    assert own.abs().sum() > 0 and torch.equal(own, stopped)
+
+
+def test_the_loss_is_the_weighted_sum_over_stacks(shapes_64):
+    def losses(*flags):
+        args = sjea.arguments(SMALL + ["--stacks", "3", "--lambda", "2", "--mu", "3", "--nu", "5", *flags])
+        torch.manual_seed(0)
+        loss, terms, _ = sjea.training_step(sjea.SJEA(args), shapes_64.images, args, torch.Generator().manual_seed(1))
+        per_stack = [2 * terms[f"invariance_{k}"] + 3 * terms[f"variance_{k}"] + 5 * terms[f"covariance_{k}"] for k in range(3)]
+        return loss.item(), [part.item() for part in per_stack]
+    loss, parts = losses()
+    assert loss == pytest.approx(sum(parts), rel=1e-5)
+    loss, parts = losses("--stack-weights", "1", "0.5", "0.25")
+    assert loss == pytest.approx(parts[0] + parts[1] / 2 + parts[2] / 4, rel=1e-5)
+
+
+def test_algorithm_1_written_out(shapes_64):
+    """Two stacks against the paper's lines, with y1_1 = f2(y0_1)."""
+    args = sjea.arguments(SMALL + ["--projectors", "10"])
+    torch.manual_seed(0)
+    model = sjea.SJEA(args).eval()
+    x = common.normalise(shapes_64.images.float() / 255)
+    y0 = model.f[0](x)
+    y1 = model.f[1](y0)
+    (z0, _), (z1, _) = model(x, x)
+    assert y0.shape == (64, 64, 4, 4)
+    assert torch.equal(z0, model.h[0](y0.mean((2, 3)))) and torch.equal(z1, y1.mean((2, 3)))
+    kept = model.representations(x)
+    assert torch.equal(kept["0"], y0.mean((2, 3))) and torch.equal(kept["1"], y1.mean((2, 3)))
+
+
+@pytest.mark.parametrize("projectors", ["00", "10", "01", "11"])
+def test_table_3_settings(projectors):
+    model = sjea.SJEA(sjea.arguments(SMALL + ["--projectors", projectors]))
+    assert "".join("1" if common.count_parameters(h) else "0" for h in model.h) == projectors
+
+
+def test_table_2_parameter_counts():
+    """11.6 M for one ResNet-18 stack on average and 23.2 M for two, with the authors' projector."""
+    paper = ["--width", "64", "--projector", "256-256-256"]
+    assert common.count_parameters(sjea.SJEA(sjea.arguments(paper))) / 1e6 == pytest.approx(23.2, abs=0.05)
+    assert common.count_parameters(sjea.SJEA(sjea.arguments(paper))) / 2e6 == pytest.approx(11.6, abs=0.05)
+
+
+@pytest.mark.parametrize("size, stack_1_reads", [(32, (512, 4, 4)), (96, (512, 3, 3)), (8, (512, 1, 1))])
+def test_later_stacks_adapt_to_the_map(size, stack_1_reads):
+    """CIFAR's and STL-10's maps as the paper gives them, and a map of one cell; three stacks."""
+    args = sjea.arguments(["--width", "64", "--projector", "8-8", "--image-size", str(size), "--stacks", "3"])
+    model = sjea.SJEA(args).train()
+    maps = model.maps(torch.randn(2, 3, size, size))
+    assert maps[0].shape[1:] == stack_1_reads
+    assert model.f[1].stem[0].weight.shape == (64, 512, 3, 3)
+    assert maps[2].shape == (2, 512, 1, 1)

@@ -1,0 +1,72 @@
+"""The house's promises: equal functions in two scripts, tags against the README's map, `##` removable."""
+import ast
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+METHODS = [name for name in ("vicreg.py", "sjea.py", "ijepa.py", "cjepa.py") if (ROOT / name).exists()]
+OWN = {"training_step", "arguments", "main"}   # every script has its own
+TAG = re.compile(r"#.*?((?:VICReg|S-JEA|I-JEPA|C-JEPA) (?:Eq\. \(\d\)|Algorithm \d|Table \d))")
+
+
+def functions(path):
+    """{name: source} of the functions at the top of a script, and of methods as Class.name."""
+    text = path.read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        for inner in (node.body if isinstance(node, ast.ClassDef) else [node]):
+            if isinstance(inner, ast.FunctionDef):
+                name = f"{node.name}.{inner.name}" if isinstance(node, ast.ClassDef) else inner.name
+                found[name] = ast.get_source_segment(text, inner)
+    return found
+
+
+def test_a_method_imports_no_other_method():
+    for script in METHODS:
+        names = {name.name if isinstance(node, ast.Import) else node.module
+                 for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for name in node.names}
+        assert not names & {method[:-3] for method in METHODS}, script
+
+
+@pytest.mark.parametrize("one, other", itertools.combinations(METHODS, 2))
+def test_functions_of_one_name_are_equal_to_the_letter(one, other):
+    a, b = functions(ROOT / one), functions(ROOT / other)
+    for name in (a.keys() & b.keys()) - OWN:
+        assert a[name] == b[name], f"{name} differs between {one} and {other}"
+    if (one, other) == ("vicreg.py", "sjea.py"):
+        assert {"invariance", "variance", "covariance", "vicreg_loss", "projector", "transformations"} <= a.keys() & b.keys()
+
+
+def test_readme_map_and_tags_agree():
+    """Each row of the map names a function that carries the tag, and no tag in the code lacks its row."""
+    rows = re.findall(r"^\| ([^|]+?) \|[^|]+\| `(\w+\.py)` \| `([\w.]+)` \|$", (ROOT / "README.md").read_text(), re.M)
+    mapped = {(script, function, tag) for tag, script, function in rows}
+    tagged = {(script, function, tag) for script in METHODS for function, source in functions(ROOT / script).items()
+              for tag in TAG.findall(source)}
+    assert mapped == tagged
+    assert len(mapped) >= 10
+
+
+def test_without_teaching_comments_the_program_is_the_same():
+    """sed '/^ *##/d' leaves the same syntax tree in every script, and in common.py; and `##` is never mid-line."""
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        stripped = re.sub(r"^ *##.*\n", "", text, flags=re.M)
+        assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(stripped)), path
+        assert "##" not in stripped, path
+
+
+@pytest.mark.parametrize("script", METHODS + ["eval_linear.py"])
+def test_help_shows_every_flag_with_a_line(script):
+    text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True,
+                          env={"COLUMNS": "200", "PATH": ""}).stdout
+    for flag in re.findall(r'add\("(--[\w-]+)"', (ROOT / script).read_text() + (ROOT / "common.py").read_text() * (script in METHODS)):
+        assert re.search(rf"^  {flag} .*\w", text, re.M), flag
+    symbols = {"vicreg.py": ("lambda:", "mu:", "nu:"), "sjea.py": ("lambda:", "Table 3")}
+    assert all(symbol in text for symbol in symbols.get(script, ()))

@@ -1,0 +1,148 @@
+"""vicreg.py: loss terms against loops over the definitions, gradients, precision, and a short run."""
+import json
+import math
+
+import pytest
+import torch
+
+import common
+import vicreg
+
+
+def loop_invariance(z1, z2):
+    n, d = z1.shape
+    return sum(sum((z1[i, j] - z2[i, j]) ** 2 for j in range(d)) for i in range(n)) / n / d
+
+
+def loop_variance(z, gamma=1.0, eps=1e-4):
+    n, d = z.shape
+    total = 0.0
+    for j in range(d):
+        mean = sum(z[i, j] for i in range(n)) / n
+        var = sum((z[i, j] - mean) ** 2 for i in range(n)) / (n - 1)
+        total += max(0.0, gamma - math.sqrt(var + eps))
+    return total / d
+
+
+def loop_covariance(z):
+    n, d = z.shape
+    mean = [sum(z[i, j] for i in range(n)) / n for j in range(d)]
+    C = [[sum((z[i, a] - mean[a]) * (z[i, b] - mean[b]) for i in range(n)) / (n - 1) for b in range(d)] for a in range(d)]
+    return sum(C[a][b] ** 2 for a in range(d) for b in range(d) if a != b) / d
+
+
+@pytest.mark.parametrize("n, d", [(2, 1), (3, 5), (7, 4), (16, 9), (9, 16)])
+def test_terms_equal_a_loop_over_the_definition(n, d):
+    generator = torch.Generator().manual_seed(n * d)
+    z1, z2 = (0.9 * torch.randn(n, d, generator=generator, dtype=torch.float64) + 1 for _ in range(2))
+    s, v1, v2 = loop_invariance(z1.numpy(), z2.numpy()), loop_variance(z1.numpy()), loop_variance(z2.numpy())
+    c1, c2 = loop_covariance(z1.numpy()), loop_covariance(z2.numpy())
+    assert vicreg.invariance(z1, z2).item() == pytest.approx(s, abs=1e-10)
+    assert vicreg.variance(z1).item() == pytest.approx(v1, abs=1e-10)
+    assert vicreg.variance(z1, gamma=2.0, eps=0.1).item() == pytest.approx(loop_variance(z1.numpy(), 2.0, 0.1), abs=1e-10)
+    assert vicreg.covariance(z1).item() == pytest.approx(c1, abs=1e-10)
+    loss, terms = vicreg.vicreg_loss(z1, z2, 3.0, 5.0, 7.0)
+    assert loss.item() == pytest.approx(3 * s + 5 * (v1 + v2) / 2 + 7 * (c1 + c2), abs=1e-9)
+    assert terms["variance"].item() == pytest.approx((v1 + v2) / 2, abs=1e-10)
+    assert terms["covariance"].item() == pytest.approx(c1 + c2, abs=1e-10)
+
+
+def test_gradients():
+    """Central differences in float64; the factor keeps every dimension away from the hinge's kink."""
+    z1, z2 = (0.5 * torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    z1.requires_grad_(), z2.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: vicreg.vicreg_loss(a, b)[0], (z1, z2))
+
+
+def test_terms_stay_in_float32_under_autocast():
+    z1, z2 = (torch.randn(64, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    exact, _ = vicreg.vicreg_loss(z1.double(), z2.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = vicreg.vicreg_loss(z1, z2)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_a_step_computes_the_loss_of_its_two_views(shapes_64):
+    """training_step against the same steps written out with the loops above, in float32."""
+    args = vicreg.arguments(["--width", "4", "--projector", "8-8", "--precision", "fp32", "--mu", "3"])
+    torch.manual_seed(0)
+    model = vicreg.VICReg(args)
+    loss, terms, embeddings = vicreg.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(5))
+
+    torch.manual_seed(0)
+    model, generator = vicreg.VICReg(args), torch.Generator().manual_seed(5)
+    t_1, t_2 = vicreg.transformations(args)
+    z = [model.h(model.f(common.augment(shapes_64.images, t, 32, generator)).mean((2, 3))).detach().double().numpy() for t in (t_1, t_2)]
+    expected = (25 * loop_invariance(*z) + 3 * (loop_variance(z[0]) + loop_variance(z[1])) / 2
+                + loop_covariance(z[0]) + loop_covariance(z[1]))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert embeddings["0"].shape == (64, 8)
+
+
+def test_recipes_are_the_published_ones():
+    small = vicreg.transformations(vicreg.arguments([]))
+    large = vicreg.transformations(vicreg.arguments(["--image-size", "224"]))
+    assert [(v.p_blur, v.p_solarize) for v in large] == [(1.0, 0.0), (0.1, 0.2)]
+    assert [(v.p_blur, v.p_solarize) for v in small] == [(0.0, 0.0), (0.0, 0.2)]
+    assert all((v.p_flip, v.p_jitter, v.jitter, v.p_grey) == (0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2) for v in large)
+    t_1, t_2 = vicreg.transformations(vicreg.arguments(["--augmentation", "sjea"]))
+    assert t_1 == t_2 and (t_1.jitter, t_1.p_jitter, t_1.p_grey, t_1.p_blur) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
+    out = tiny_run("vicreg", "--epochs", "2")
+    rows = read_log(out)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"loss", "invariance", "variance", "covariance", "lr", "images_per_second", "peak_memory_mb", "effective_rank", "seconds"} <= set(rows[0])
+    for row in rows:
+        assert row["loss"] == pytest.approx(25 * row["invariance"] + 25 * row["variance"] + row["covariance"], rel=1e-4)
+    assert "knn" not in rows[0] and 0 <= rows[1]["knn"]["0"] <= 1
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "eval.json"}
+    assert json.loads((out / "config.json").read_text())["seed"] == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("raw pixels", "untrained 0", "linear top-1", "eval_linear.py"))
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(tiny_run):
+    """Two of three epochs, then the third from the checkpoint: same parameters and losses to the last bit."""
+    whole = tiny_run("vicreg", "--epochs", "3")
+    parts = tiny_run("vicreg", "--epochs", "3", stop_after=2)
+    assert len(read_log(parts)) == 2
+    tiny_run("vicreg", "--epochs", "3", "--resume", out=parts)
+    a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, parts))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert [row["loss"] for row in read_log(whole)] == [row["loss"] for row in read_log(parts)]
+
+
+def test_collapse_shows_and_warns(tiny_run, capsys):
+    """Without the variance term the effective rank falls to near 1 and the run says so; with it, neither."""
+    flags = ("--epochs", "12", "--lr", "0.02", "--nu", "0")
+    collapsed = tiny_run("vicreg", "--mu", "0", *flags)
+    assert "warning: level 0 is collapsing" in capsys.readouterr().err
+    assert read_log(collapsed)[-1]["effective_rank"]["0"] < 1.5
+    healthy = tiny_run("vicreg", *flags)
+    assert "warning" not in capsys.readouterr().err
+    assert read_log(healthy)[-1]["effective_rank"]["0"] > 5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, monkeypatch):
+    """Before it reaches the checkpoint, naming the term."""
+    out = tiny_run("vicreg", "--epochs", "2", stop_after=1)
+    before = (out / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(vicreg, "invariance", lambda z1, z2: (z1 - z2).mean() * math.nan)
+    with pytest.raises(common.RunFailed, match="invariance is not finite at step"):
+        tiny_run("vicreg", "--epochs", "2", "--resume", out=out)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_refuses_other_settings(tiny_run):
+    out = tiny_run("vicreg", "--epochs", "1")
+    with pytest.raises(common.Unusable, match="--lambda: 3.0, but the run .* was started with 25.0"):
+        tiny_run("vicreg", "--epochs", "1", "--resume", "--lambda", "3", out=out)
+    with pytest.raises(common.Unusable, match="already holds a run"):
+        tiny_run("vicreg", "--epochs", "1", out=out)

@@ -1,0 +1,167 @@
+"""VICReg: Variance-Invariance-Covariance Regularization for self-supervised learning.
+
+Bardes, Ponce, LeCun 2021, https://arxiv.org/abs/2105.04906
+
+    python vicreg.py                                  # ten shapes, made on the fly, minutes on a laptop
+    python vicreg.py --dataset cifar10 --epochs 200 --width 64
+
+Two random views x_1, x_2 of every image go through one encoder f and one projector h:
+
+    Y = f(X) representations [n, 512], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
+
+    Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
+    Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)
+    Eq. (3)  C(Z)     = 1/(n-1)  sum_i (z_i - mean)(z_i - mean)^T
+    Eq. (4)  c(Z)     = 1/d  sum_{i != j} C(Z)_ij^2                   no two dimensions say the same
+    Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
+    Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
+
+Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's letter,
+because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, and the
+variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import eval_linear
+from common import View, pool
+
+# ---- loss terms -----------------------------------------------------------------------------
+
+
+def invariance(z1, z2):
+    """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
+
+    z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
+    """
+    ## Alone, this term is minimised by sending every image to one point: run with --mu 0 --nu 0.
+    return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
+
+
+def variance(z, gamma=1.0, eps=1e-4):
+    """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
+
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
+    """
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root
+    ## matters: the gradient of the variance itself vanishes where a dimension has collapsed.
+    S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
+    return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
+
+
+def covariance(z):
+    """c(Z) of VICReg Eq. (4): squared off-diagonal covariances, summed and divided by d.
+
+    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
+    """
+    ## Variance alone keeps each dimension alive but lets all of them say the same thing.
+    ## This term is what spreads information over dimensions. Try --nu 0 and watch effective_rank.
+    n, d = z.shape
+    z = z - z.mean(dim=0)                                                 # [n, d]
+    C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
+    return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
+
+
+def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
+    """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
+
+    z1, z2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
+    a scalar, and the three unweighted terms by name as they enter it.
+    """
+    with torch.autocast(z1.device.type, enabled=False):                   # bf16 would round C(Z)
+        z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+        s = invariance(z1, z2)
+        ## The paper adds the two views' variances; the authors' code takes their mean. With the sum,
+        ## mu = 25 would weigh twice as much as published.
+        v = (variance(z1) + variance(z2)) / 2
+        c = covariance(z1) + covariance(z2)
+        loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
+    return loss, {"invariance": s, "variance": v, "covariance": c}
+
+
+# ---- model ----------------------------------------------------------------------------------
+
+
+def projector(in_features, widths):
+    """h: fully connected layers, BN and ReLU after each but the last, the last without bias."""
+    layers = []
+    for width in widths[:-1]:
+        layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU(True)]
+        in_features = width
+    return nn.Sequential(*layers, nn.Linear(in_features, widths[-1], bias=False))
+
+
+class VICReg(nn.Module):
+    """Encoder f and projector h, shared by both views."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.f = common.ResNet(args.arch, args.image_size, width=args.width)
+        self.h = projector(self.f.channels, args.projector)
+
+    def forward(self, x_1, x_2):
+        """Two views [B, 3, H, W] -> their embeddings [B, d]."""
+        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, 512, h, w]
+        return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
+
+    def representations(self, x):
+        """{level: [B, 512]}: what is kept after training, f's pooled map."""
+        return {"0": pool(self.f(x))}
+
+
+# ---- one training step ----------------------------------------------------------------------
+
+
+def transformations(args):
+    """(t_1, t_2): the published distributions of the two views. Up to 64 px blur is left out."""
+    crop, blur = (args.crop_min, 1.0), args.image_size > 64
+    if args.augmentation == "sjea":
+        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
+    ## VICReg's two views differ: the first is always blurred, the second rarely, but at times solarized.
+    return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
+
+
+def training_step(model, x, args, generator):
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    t_1, t_2 = transformations(args)
+    x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
+    x_2 = common.augment(x, t_2, args.image_size, generator)
+    z_1, z_2 = model(x_1, x_2)                                            # [B, d]
+    loss, terms = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)
+    return loss, terms, {"0": z_1}
+
+
+# ---- arguments ------------------------------------------------------------------------------
+
+
+def arguments(argv=None):
+    parser = common.Parser(__doc__)
+    add, number = parser.add_argument, common.number
+    add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
+    add("--projector", type=common.widths, default="512-512-512", help="widths of h's layers; the last is d")
+    add("--augmentation", choices=("vicreg", "sjea"), default="vicreg", help="the distributions of the two views")
+    add("--crop-min", type=number(float, 0.01, 1), default=0.08, help="smallest crop, as a share of the image")
+    add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
+    add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
+    add("--nu", type=number(float, 0), default=1.0, help="nu: weight of the covariance term")
+    common.add_common_arguments(parser, method="vicreg", epochs=5, batch_size=256, optimizer="adamw", lr=2e-3,
+                                weight_decay=1e-4, warmup_epochs=0.5, width=16, eval_every=5)
+    return common.parse(parser, argv)
+
+
+# ---- main -----------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = arguments(argv)
+    data = common.load_dataset(args)
+    torch.manual_seed(args.seed)
+    model = VICReg(args)
+    common.train(args, model, training_step, data)
+    eval_linear.main([f"{args.out}/checkpoint.pt"])
+
+
+if __name__ == "__main__":
+    common.command_line(main)
