@@ -38,12 +38,18 @@ class RunFailed(RuntimeError):
     """The run itself failed; the last good checkpoint is whole: one line, exit code 1."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: ...)" where the help does not say it itself."""
+
+    def _get_help_string(self, action):
+        return action.help if "(default: " in action.help else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, defaults in --help, and no abbreviated flags."""
 
     def __init__(self, description):
-        super().__init__(description=description.splitlines()[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description.splitlines()[0], allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message):
         raise Unusable(message)
@@ -80,8 +86,8 @@ def add_common_arguments(parser, **defaults):
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
     add("--optimizer", choices=("adamw", "lars"), help="adamw up to batch 256, lars for large batches")
-    add("--lr", type=number(float, 0), help="peak learning rate for a batch of 256; scaled by batch size / 256")
-    add("--weight-decay", type=number(float, 0), help="on weights only, never on biases and norms")
+    add("--lr", type=number(float, 0), help="peak learning rate for a batch of 256, scaled by batch size / 256 (default: adamw 0.03, lars 0.3)")
+    add("--weight-decay", type=number(float, 0), help="on weights only, never on biases and norms (default: adamw 1e-4, lars 1e-6)")
     add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up before the cosine")
     add("--width", type=number(int, 1), help="base channels of the ResNet; the standard one has 64")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, data order and augmentations")
@@ -103,6 +109,9 @@ def parse(parser, argv=None):
     args.device = pick_device(args.device)
     args.precision = args.precision or ("bf16" if bf16_is_fast(args.device) else "fp32")
     args.image_size = args.image_size or DATASETS[args.dataset]
+    lr, weight_decay = {"adamw": (0.03, 1e-4), "lars": (0.3, 1e-6)}[args.optimizer]
+    args.lr = lr if args.lr is None else args.lr
+    args.weight_decay = weight_decay if args.weight_decay is None else args.weight_decay
     args.out = args.out or f"runs/{args.method}-{args.dataset}"
     if args.warmup_epochs > args.epochs:
         raise Unusable(f"argument --warmup-epochs: {args.warmup_epochs} is more than the {args.epochs} epochs of the run")
@@ -169,8 +178,9 @@ def load_dataset(args):
     if args.holdout:                           # every tenth training image plays the test image
         held = torch.arange(len(data.train_images)) % 10 == 0
         split = lambda labels, where: {name: y[where] for name, y in labels.items()}
-        images = data.train_images[~held] if data.images is data.train_images else data.images
-        data = Dataset(images, data.train_images[~held], split(data.train_labels, ~held),
+        train_images = data.train_images[~held]
+        images = train_images if data.images is data.train_images else data.images
+        data = Dataset(images, train_images, split(data.train_labels, ~held),
                        data.train_images[held], split(data.train_labels, held))
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
@@ -278,6 +288,8 @@ OUTLINES = [  # the ten shapes as polygons in [-1, 1]^2
     arc(0, 0, 0.95, 0.11, 0.89, 24) + [(-0.1, 0)],                                            # disc with a wedge cut out
     arc(0, -0.4, 0.6, 0.29, 1.21, 24) + [(0.17, 1), (-0.17, 1)],                              # pin
 ]
+LAYOUTS = np.array([  # by count, where each copy stands (y, x), in radii from the middle of the group
+    [(0, 0)] * 4, [(0, -1), (0, 1)] * 2, [(-0.9, 0), (0.9, -1), (0.9, 1), (0, 0)], [(-1, -1), (-1, 1), (1, -1), (1, 1)]])
 GRID = 192                                     # cells of a shape's distance table, over [-1.5, 1.5]^2
 
 
@@ -318,27 +330,27 @@ def make_shapes(n, image_size, seed):
         b = len(y["shape"])
         column = lambda values: np.asarray(values, np.float32).reshape(b, 1, 1)
 
-        # Ground: a random colour, smooth patches on two scales, grain.
-        ground = np.broadcast_to(40 + 90 * f32(b, 3, 1, 1), (b, 3, image_size, image_size)).copy()
-        for cells, strength in ((3, 60), (7, 50)):
+        # Ground: a random dark colour, smooth patches on two scales, grain.
+        ground = np.broadcast_to(20 + 100 * f32(b, 3, 1, 1), (b, 3, image_size, image_size)).copy()
+        for cells, strength in ((3, 40), (7, 25)):
             noise, at = f32(b, 1, cells + 1, cells + 1) - np.float32(0.5), axis * np.float32(cells)
             i = at.astype(int)
             w = at - i.astype(np.float32)
             rows = noise[:, :, i] * (1 - w)[:, None] + noise[:, :, i + 1] * w[:, None]
             ground += strength * (rows[..., i] * (1 - w) + rows[..., i + 1] * w)
-        ground += 30 * (f32(b, 3, image_size, image_size) - np.float32(0.5))
+        ground += 20 * (f32(b, 3, image_size, image_size) - np.float32(0.5))
 
-        # Object: colour with its own brightness, radius, direction; copies in distinct quadrants.
-        fill = (hues[y["colour"]] * (np.float32(0.75) + np.float32(0.35) * f32(b, 1)))[..., None, None]      # [b, 3, 1, 1]
-        radius = column(np.array([0.245, 0.205, 0.17], np.float32)[y["distance"]] * (np.float32(0.95) + np.float32(0.1) * f32(b)))
-        turn = (y["pose"] - 1.5) / 12 + 0.04 * (rng.random_sample(b) - 0.5)
+        # Object: lighter than its ground; radius, direction; copies side by side, anywhere.
+        fill = hues[y["colour"]][..., None, None] * (np.float32(0.8) + np.float32(0.3) * f32(b, 1, 1, 1))
+        radius = column(np.array([0.22, 0.19, 0.16], np.float32)[y["distance"]] * (np.float32(0.95) + np.float32(0.1) * f32(b)))
+        turn = (y["pose"] - 1.5) / 24 + 0.02 * (rng.random_sample(b) - 0.5)
         cos, sin = (column(np.round(f(2 * np.pi * turn), 4)) for f in (np.cos, np.sin))
-        quadrant = np.argsort(rng.random_sample((b, 4)), axis=1, kind="stable")
+        spread = radius * np.where(column(y["count"]) > 0, np.float32(2.1), np.float32(1))                  # half the group's side
+        centre = np.float32(0.5) + (2 * f32(2, b, 1, 1) - 1) * np.maximum(np.float32(0.52) - spread, 0)     # [2, b, 1, 1]
         for copy in range(4):
-            shift = (2 * f32(2, b, 1, 1) - 1) * (np.float32(0.27) - radius)
-            cy, cx = (column(q) * np.float32(0.5) + np.float32(0.25) + s
-                      for q, s in zip((quadrant[:, copy] // 2, quadrant[:, copy] % 2), shift))
-            dy, dx = (axis[:, None] - cy) / radius, (axis[None, :] - cx) / radius                            # [b, S, S]
+            place = LAYOUTS[y["count"], copy]                                                       # [b, 2]
+            cy, cx = (centre[i] + np.float32(1.08) * radius * column(place[:, i]) for i in (0, 1))
+            dy, dx = (axis[:, None] - cy) / radius, (axis[None, :] - cx) / radius                           # [b, S, S]
             u, v = cos * dx + sin * dy, cos * dy - sin * dx
             cell = [np.clip((t + np.float32(1.5)) * np.float32(GRID / 3), 0, GRID - 1).astype(np.int32) for t in (v, u)]
             pixels = radius * np.float32(image_size)
@@ -348,7 +360,7 @@ def make_shapes(n, image_size, seed):
             period = u * np.float32(1.5)
             stripe = column(y["style"] // 2) * (period - np.floor(period) < np.float32(0.5))
             edge = column(y["style"] % 2) * np.clip(np.float32(0.2) * pixels - depth + np.float32(0.5), 0, 1)
-            paint = fill * (1 - np.float32(0.6) * stripe)[:, None]
+            paint = fill * (1 - np.float32(0.5) * stripe)[:, None]
             paint = paint + edge[:, None] * (255 - paint)
             ground += inside[:, None] * (paint - ground)
         images[start:start + b] = np.rint(np.clip(ground, 0, 255))
@@ -704,7 +716,10 @@ def write(path, content):
 
 def save_checkpoint(path, state):
     aside = path.with_name(path.name + ".tmp")
-    torch.save(state, aside)
+    with open(aside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
 
 
@@ -715,7 +730,7 @@ def load_checkpoint(path, method=None):
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
     except Exception as error:                 # torch.load has no common base class for what it raises on foreign bytes
-        raise Unusable(f"{path}: not a checkpoint that these scripts wrote: {str(error).splitlines()[0]}") from error
+        raise Unusable(f"{path}: not a checkpoint that these scripts wrote: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     fields = {"method": str, "config": dict, "epoch": int, "history": list, "model": dict, "optimizer": dict}
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in fields.items()):
         raise Unusable(f"{path}: not a checkpoint that these scripts wrote")

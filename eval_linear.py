@@ -36,18 +36,18 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
     x, x_test = (features - mean) / std, (test_features - mean) / std
     y, y_test = labels.to(x.device), test_labels.to(x.device)
     classes = int(y.max()) + 1
-    W = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)               # [D, classes]
+    W = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)               # [classes, D]
     b = torch.zeros(classes, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([W, b], max_iter=100, line_search_fn="strong_wolfe")
 
     def objective():
         solver.zero_grad()
-        loss = F.cross_entropy(x @ W + b, y) + l2 / 2 * W.pow(2).sum()
+        loss = F.cross_entropy(F.linear(x, W, b), y) + l2 / 2 * W.pow(2).sum()
         loss.backward()
         return loss
 
     solver.step(objective)
-    top = (x_test @ W + b).topk(min(5, classes)).indices                                    # [N_test, 5]
+    top = F.linear(x_test, W, b).topk(min(5, classes)).indices                                    # [N_test, 5]
     hits = (top == y_test[:, None]).float()
     return hits[:, 0].mean().item(), hits.sum(1).mean().item()
 

@@ -158,18 +158,19 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
-    add("--projector", type=common.widths, default="512-512-512", help="widths of h's layers; the last is d")
+    add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--projectors", help="which stacks have one, Table 3: 10 is on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
-    add("--augmentation", choices=("vicreg", "sjea"), default="vicreg", help="the distributions of the two views")
-    add("--crop-min", type=number(float, 0.01, 1), default=0.08, help="smallest crop, as a share of the image")
+    add("--augmentation", choices=("vicreg", "sjea"), default="sjea", help="whose distributions of the two views")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=1.0, help="nu: weight of the covariance term")
-    common.add_common_arguments(parser, method="sjea", epochs=5, batch_size=256, optimizer="adamw", lr=2e-3,
-                                weight_decay=1e-4, warmup_epochs=0.5, width=16, eval_every=5)
+    common.add_common_arguments(parser, method="sjea", epochs=3, batch_size=64, optimizer="adamw",
+                                warmup_epochs=0.5, width=16, eval_every=2)
     args = common.parse(parser, argv)
+    args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08)
     args.projectors = args.projectors or "1" * args.stacks
     args.stack_weights = args.stack_weights or [1.0] * args.stacks
     if len(args.projectors) != args.stacks or set(args.projectors) - set("01"):

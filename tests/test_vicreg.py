@@ -81,8 +81,8 @@ def test_a_step_computes_the_loss_of_its_two_views(shapes_64):
 
 
 def test_recipes_are_the_published_ones():
-    small = vicreg.transformations(vicreg.arguments([]))
-    large = vicreg.transformations(vicreg.arguments(["--image-size", "224"]))
+    small = vicreg.transformations(vicreg.arguments(["--augmentation", "vicreg"]))
+    large = vicreg.transformations(vicreg.arguments(["--augmentation", "vicreg", "--image-size", "224"]))
     assert [(v.p_blur, v.p_solarize) for v in large] == [(1.0, 0.0), (0.1, 0.2)]
     assert [(v.p_blur, v.p_solarize) for v in small] == [(0.0, 0.0), (0.0, 0.2)]
     assert all((v.p_flip, v.p_jitter, v.jitter, v.p_grey) == (0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2) for v in large)

@@ -1,0 +1,831 @@
+"""common.py: augmentations, datasets, encoder, optimisers and files, each against an independent computation."""
+import argparse
+import colorsys
+import hashlib
+import io
+import itertools
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import torchvision.transforms.v2.functional as TF
+from matplotlib.path import Path as Polygon
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+from PIL import Image
+from scipy import ndimage, spatial, stats
+from torch import nn
+
+import common
+
+ROOT = Path(__file__).parent.parent
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n, height, width, seed=0):
+    return torch.randint(256, (n, 3, height, width), generator=generator(seed), dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentations
+# ---------------------------------------------------------------------------------------------
+
+def parameters(images, **changed):
+    """Parameters of draw_view under which nothing happens, with some changed: a list has one value per image."""
+    n, _, height, width = images.shape
+    neutral = {"top": 0.0, "left": 0.0, "height": float(height), "width": float(width), "flip": False, "brightness": 1.0,
+               "contrast": 1.0, "saturation": 1.0, "hue": 0.0, "grey": False, "sigma": 0.0, "solarize": False}
+    assert changed.keys() <= neutral.keys() | {"order"}
+    p = {name: torch.tensor(changed.get(name, [value] * n)) for name, value in neutral.items()}
+    return {**p, "order": changed.get("order", [0, 1, 2, 3])}
+
+
+def assert_close(x, expected, atol=1e-5):
+    torch.testing.assert_close(x, expected, rtol=0, atol=atol)
+
+
+def test_neutral_parameters_change_nothing():
+    images = random_images(3, 32, 32)
+    assert_close(common.apply_view(images, parameters(images), 32), images / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (37, 53, 24), (96, 96, 33), (20, 15, 48)])
+def test_crop_and_resize_equal_torchvision(height, width, size):
+    """Bilinear with antialiasing, up and down, odd sizes, crops at every border and of one pixel."""
+    images = random_images(5, height, width)
+    boxes = [(0, 0, height, width), (0, 0, 9, 7), (height - 11, width - 13, 11, 13), (3, 5, 1, 1), (2, 1, height - 5, 6)]
+    p = parameters(images, **{name: [float(box[i]) for box in boxes] for i, name in enumerate(("top", "left", "height", "width"))})
+    expected = [TF.resized_crop(image / 255, *box, [size, size], TF.InterpolationMode.BILINEAR, antialias=True)
+                for image, box in zip(images, boxes)]
+    assert_close(common.apply_view(images, p, size), torch.stack(expected))
+
+
+OPERATIONS = {  # parameter: torchvision's functional on one float image
+    "flip": (lambda image, on: TF.horizontal_flip(image) if on else image, [True, False, True]),
+    "brightness": (TF.adjust_brightness, [0.6, 1.4, 0.0]),
+    "contrast": (TF.adjust_contrast, [0.6, 1.4, 0.0]),
+    "saturation": (TF.adjust_saturation, [0.6, 1.8, 0.0]),
+    "hue": (TF.adjust_hue, [-0.5, 0.07, 0.4]),
+    "grey": (lambda image, on: TF.rgb_to_grayscale(image, 3) if on else image, [True, False, True]),
+    "solarize": (lambda image, on: TF.solarize(image, 0.5) if on else image, [True, False, True]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_equals_torchvision(name):
+    """One operation with three settings in one batch; every image obeys its own. Some pixels are grey."""
+    images = random_images(3, 32, 32)
+    images[:, :, :4] = images[:, :1, :4]
+    functional, values = OPERATIONS[name]
+    expected = [functional(image / 255, value) for image, value in zip(images, values)]
+    assert_close(common.apply_view(images, parameters(images, **{name: values}), 32), torch.stack(expected))
+
+
+@pytest.mark.parametrize("size, kernel", [(32, 3), (96, 9), (224, 23)])
+def test_blur_equals_torchvision(size, kernel):
+    """The kernel is a tenth of the image wide; sigma 0 leaves its image alone."""
+    images, sigmas = random_images(4, size, size), [0.0, 0.1, 0.7, 2.0]
+    expected = [TF.gaussian_blur(image / 255, [kernel, kernel], [sigma, sigma]) if sigma else image / 255
+                for image, sigma in zip(images, sigmas)]
+    assert_close(common.apply_view(images, parameters(images, sigma=sigmas), size), torch.stack(expected))
+
+
+@pytest.mark.parametrize("shift", [-0.37, -0.1, 0.2, 0.5])
+def test_hue_on_8_bit_images(shift):
+    """Within 1/255 of torchvision on uint8; PIL works on 8-bit hues, six times coarser, so there the mean must agree."""
+    image = random_images(1, 32, 32)
+    ours = common.apply_view(image, parameters(image, hue=[shift]), 32)[0] * 255
+    assert_close(ours, TF.adjust_hue(image[0], shift).float(), atol=1.01)
+    pil = TF.pil_to_tensor(TF.adjust_hue(TF.to_pil_image(image[0]), shift)).float()
+    assert (ours - pil).abs().mean() < 2 < (image[0] - pil).abs().mean()
+
+
+EVERYTHING = common.View(p_flip=0.5, p_jitter=0.8, jitter=(0.4, 0.4, 0.4, 0.1), p_grey=0.2, p_blur=0.5, p_solarize=0.3)
+
+
+@pytest.mark.parametrize("height, width, size, kernel", [(32, 32, 32, 3), (45, 64, 40, 5)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_recipe_equals_torchvision_image_by_image(height, width, size, kernel, seed):
+    images = random_images(24, height, width, seed)
+    p = common.draw_view(EVERYTHING, 24, height, width, generator(seed))
+    views, jitter = common.apply_view(images, p, size), ("brightness", "contrast", "saturation", "hue")
+    for i, (image, view) in enumerate(zip(images, views)):
+        q = {name: values[i].item() for name, values in p.items() if name != "order"}
+        x = TF.resized_crop(image / 255, int(q["top"]), int(q["left"]), int(q["height"]), int(q["width"]), [size, size], antialias=True)
+        for name in ["flip"] + [jitter[k] for k in p["order"]] + ["grey"]:
+            x = OPERATIONS[name][0](x, q[name])
+        if q["sigma"] > 0:
+            x = TF.gaussian_blur(x, [kernel, kernel], [q["sigma"], q["sigma"]])
+        decided = (x - 0.5).abs() > 1e-4               # solarize jumps at 0.5: there the last bit decides
+        if q["solarize"]:
+            x = TF.solarize(x, 0.5)
+        assert decided.float().mean() > 0.99
+        assert_close(view[decided], x[decided], atol=2e-5)
+
+
+@pytest.mark.parametrize("n, size", [(8, 32), (300, 32), (50, 96)])
+def test_augment_gives_every_image_its_own_view(n, size):
+    """Copies of one image become n different views, also where the batch is worked on in parts."""
+    images = random_images(1, size, size).expand(n, -1, -1, -1)
+    views = common.augment(images, common.View(p_jitter=1.0), size, generator())
+    assert views.shape == (n, 3, size, size)
+    assert len(views.flatten(1).unique(dim=0)) == n
+
+
+def test_augment_normalises_with_the_statistics_of_imagenet():
+    images = random_images(4, 32, 32)
+    raw = common.apply_view(images, common.draw_view(EVERYTHING, 4, 32, 32, generator(3)), 32)
+    expected = TF.normalize(raw, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert_close(common.augment(images, EVERYTHING, 32, generator(3)), expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# The draw
+# ---------------------------------------------------------------------------------------------
+
+N = 20_000
+DRAWN = common.View(crop_scale=(0.2, 0.9), p_flip=0.5, p_jitter=0.8, jitter=(0.4, 0.3, 0.2, 0.1), p_grey=0.2, p_blur=0.6, p_solarize=0.1)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return common.draw_view(DRAWN, N, 40, 64, generator(1))
+
+
+def test_probabilities(drawn):
+    """Every operation happens as often as the view says, within five standard deviations."""
+    happened = {"flip": drawn["flip"], "brightness": drawn["brightness"] != 1, "grey": drawn["grey"],
+                "sigma": drawn["sigma"] > 0, "solarize": drawn["solarize"]}
+    for (name, on), p in zip(happened.items(), (0.5, 0.8, 0.2, 0.6, 0.1)):
+        assert abs(on.sum().item() - N * p) < 5 * math.sqrt(N * p * (1 - p)), name
+    for p in (0.0, 1.0):
+        never_or_always = common.View(p_flip=p, p_jitter=p, p_grey=p, p_blur=p, p_solarize=p)
+        q = common.draw_view(never_or_always, 1000, 32, 32, generator())
+        assert all((on == bool(p)).all() for on in (q["flip"], q["grey"], q["solarize"], q["sigma"] > 0, q["hue"] != 0))
+
+
+def test_strengths_are_uniform_and_neutral_where_not_drawn(drawn):
+    """One coin per image for all of jitter; factors in [1 - s, 1 + s], from 0 on where s > 1; hue in [-s, s]."""
+    on = drawn["brightness"] != 1
+    for name, low, high, neutral in (("brightness", 0.6, 1.4, 1), ("contrast", 0.7, 1.3, 1), ("saturation", 0.8, 1.2, 1), ("hue", -0.1, 0.1, 0)):
+        assert (drawn[name][~on] == neutral).all()
+        assert stats.kstest(drawn[name][on].numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-4, name
+    sigma = drawn["sigma"][drawn["sigma"] > 0].numpy()
+    assert stats.kstest(sigma, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-4
+    strong = common.draw_view(common.View(p_jitter=1.0, jitter=(1.5, 0, 0, 0)), N, 32, 32, generator())
+    assert stats.kstest(strong["brightness"].numpy(), stats.uniform(0, 2.5).cdf).pvalue > 1e-4
+
+
+def test_draws_are_independent_of_each_other(drawn):
+    """No two parameters share their random numbers: all correlations are within five standard errors of 0."""
+    on = (drawn["brightness"] != 1) & (drawn["sigma"] > 0)
+    place = {"y": drawn["top"] / (41 - drawn["height"]), "x": drawn["left"] / (65 - drawn["width"]),
+             "area": drawn["height"] * drawn["width"]}
+    names = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma", "solarize")
+    columns = torch.stack([values[on].double() for values in (*place.values(), *(drawn[name] for name in names))])
+    correlations = torch.corrcoef(columns) - torch.eye(len(columns))
+    # y and x are rounded down to whole pixels, which ties them to the crop's size: leave out the three among themselves
+    correlations[:3, :3] = 0
+    assert correlations.abs().max() < 5 / math.sqrt(on.sum())
+    coins = torch.stack([drawn["flip"], drawn["brightness"] != 1, drawn["grey"], drawn["sigma"] > 0, drawn["solarize"]])
+    assert (torch.corrcoef(coins.double()) - torch.eye(5)).abs().max() < 5 / math.sqrt(N)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (40, 64)])
+def test_crops_are_distributed_as_torchvisions(height, width):
+    """Area, aspect ratio and place against RandomResizedCrop.get_params, by the Kolmogorov-Smirnov test."""
+    p = common.draw_view(DRAWN, N, height, width, generator(2))
+    torch.manual_seed(0)
+    image, scale, ratio = torch.zeros(3, height, width), [0.2, 0.9], [3 / 4, 4 / 3]
+    theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
+    ours = torch.stack([p[name] for name in ("top", "left", "height", "width")], 1).numpy()
+    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+    share = lambda b: (b[:, 2] * b[:, 3]).mean() / (height * width)
+    assert share(ours) == pytest.approx(share(theirs), abs=5 * 0.2 / math.sqrt(4000))
+    assert 0.17 < (ours[:, 2] * ours[:, 3]).min() / (height * width) < 0.23          # sides are whole pixels
+    assert 0.65 < (ours[:, 3] / ours[:, 2]).min() < 0.8 and 1.25 < (ours[:, 3] / ours[:, 2]).max() < 1.5
+
+
+@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.08, 1.0)), (8, 64, (0.5, 1.0)), (64, 8, (0.5, 1.0)), (32, 32, (1e-5, 1e-4))])
+def test_crops_lie_inside_the_image(height, width, scale):
+    """Also where no attempt fits: an image eight times as wide as high, an area below one pixel."""
+    p = common.draw_view(common.View(crop_scale=scale), N, height, width, generator())
+    for start, length, size in ((p["top"], p["height"], height), (p["left"], p["width"], width)):
+        assert (start >= 0).all() and (length >= 1).all() and (start + length <= size).all()
+        assert (start == start.round()).all() and (length == length.round()).all()
+        assert (start == 0).any() and (start + length == size).any()
+
+
+def test_colour_operations_come_in_every_order():
+    counts = {order: 0 for order in itertools.permutations(range(4))}
+    g = generator()
+    for _ in range(1200):
+        counts[tuple(common.draw_view(common.View(), 1, 8, 8, g)["order"])] += 1
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-4
+
+
+def test_views_differ_and_seeds_repeat():
+    """Two draws from one generator are the two views of a batch; the same seed gives the same draw."""
+    g = generator(5)
+    first, second, again = common.draw_view(EVERYTHING, 64, 32, 32, g), common.draw_view(EVERYTHING, 64, 32, 32, g), \
+        common.draw_view(EVERYTHING, 64, 32, 32, generator(5))
+    for name in first.keys() - {"order"}:
+        assert not torch.equal(first[name], second[name]), name
+        assert torch.equal(first[name], again[name]), name
+    assert first["order"] == again["order"]
+
+
+# ---------------------------------------------------------------------------------------------
+# shapes
+# ---------------------------------------------------------------------------------------------
+
+PRINT_DIGEST = """
+import common, hashlib
+images, labels = common.make_shapes(300, 32, 7)
+print(hashlib.sha256(images.numpy().tobytes() + b"".join(labels[name].numpy().astype("<i8").tobytes() for name in sorted(labels))).hexdigest())
+"""
+DIGEST = "2267b07303417a5e3a5981a814578201b2e7fa8dd2ccaefacaba902761a0f6ee"
+
+
+def test_shapes_are_the_same_bytes_everywhere(capsys):
+    """Pinned: numbers reported on `shapes` hold only for these bytes. On one thread and on two, and in a
+    process of its own without this processor's vector instructions (AVX2, AVX-512, ...)."""
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        exec(PRINT_DIGEST, {})
+        assert capsys.readouterr().out.strip() == DIGEST
+    torch.set_num_threads(threads)
+    vector = [name for name in __cpu_dispatch__ if __cpu_features__[name]]
+    left = "from numpy._core._multiarray_umath import __cpu_dispatch__ as d, __cpu_features__ as f; print(sum(f[name] for name in d))"
+    run = subprocess.run([sys.executable, "-c", PRINT_DIGEST + left], cwd=ROOT, capture_output=True, text=True, check=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "NPY_DISABLE_CPU_FEATURES": " ".join(vector)})
+    assert run.stdout.split() == [DIGEST, "0"]
+
+
+def test_seed_size_and_number_make_different_shapes():
+    """Another seed draws other labels and other ground; the image size changes neither the labels nor the shape asked for."""
+    images, labels = common.make_shapes(64, 17, 1)
+    other_images, other_labels = common.make_shapes(64, 17, 2)
+    large, same_labels = common.make_shapes(64, 96, 1)
+    assert images.shape == (64, 3, 17, 17) and large.shape == (64, 3, 96, 96) and images.dtype == large.dtype == torch.uint8
+    for name in labels:
+        assert torch.equal(labels[name], same_labels[name]) and not torch.equal(labels[name], other_labels[name])
+    assert not any(torch.equal(a, b) for a, b in zip(images, other_images))
+
+
+def test_shapes_factors_are_balanced_and_independent():
+    """Over the 20,000 training and the 4,000 test labels (which do not depend on the image size, see above):
+    counts differ by at most 1, and no factor tells of another (chi-squared, all 15 pairs)."""
+    data = common.load_dataset(argparse.Namespace(dataset="shapes", image_size=2, holdout=False, batch_size=256, device="cpu"))
+    assert next(iter(data.train_labels)) == "shape"
+    assert (len(data.images), len(data.test_images)) == (20_000, 4_000) and data.images is data.train_images
+    for labels in (data.train_labels, data.test_labels):
+        assert {name: len(label.unique()) for name, label in labels.items()} == \
+            {"shape": 10, "style": 4, "colour": 8, "pose": 4, "count": 4, "distance": 3}
+        for name, label in labels.items():
+            assert label.bincount().max() - label.bincount().min() <= 1
+        for a, b in itertools.combinations(labels, 2):
+            table = torch.zeros(int(labels[a].max()) + 1, int(labels[b].max()) + 1)
+            table.index_put_((labels[a], labels[b]), torch.ones(len(labels[a])), accumulate=True)
+            assert stats.chi2_contingency(table.numpy()).pvalue > 1e-4, (a, b)
+
+
+def test_outlines_become_signed_distances():
+    """Inside and outside as matplotlib's polygons have it, distances as to points set closely along the outline."""
+    axis = (np.arange(common.GRID) + 0.5) / common.GRID * 3 - 1.5
+    points = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    steps = np.arange(500)[:, None, None] / 500
+    for outline, table in zip(common.OUTLINES, common.signed_distances(), strict=True):
+        ends, table = np.array(outline), table.ravel()
+        along = ends + steps * (np.roll(ends, -1, axis=0) - ends)                 # [500, corners, 2]
+        distance, _ = spatial.KDTree(along.reshape(-1, 2)).query(points)
+        assert np.abs(np.abs(table) - distance).max() < 0.005                     # half a step; outlines are rounded to 0.001
+        inside = Polygon(ends).contains_points(points)
+        assert (inside == (table < 0))[distance > 0.002].all()
+
+
+def turned(outline, degrees):
+    """The outline turned clockwise, as the y axis points down."""
+    a = math.radians(degrees)
+    return np.array(outline) @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
+
+
+def test_every_label_can_be_read_off_the_pixels(monkeypatch):
+    """Each factor, measured in the image by other means than it was drawn with, is the label."""
+    n, size = 240, 96
+    images, labels = common.make_shapes(n, size, 5)
+    y = {name: label.numpy() for name, label in labels.items()}
+    nothing = np.full((10, common.GRID, common.GRID), 9, np.float32)
+    monkeypatch.setattr(common, "signed_distances", lambda: nothing)
+    ground, _ = common.make_shapes(n, size, 5)                                    # the same draw without objects
+    mask = (images != ground).any(1).numpy()                                      # [n, S, S] where the object is
+    inner = ndimage.binary_erosion(mask, np.ones((1, 3, 3)))
+    brightest, darkest = images.amax(1).numpy(), images.amin(1).numpy()
+
+    # count: the quadrants that hold a good part of an object
+    quadrants = mask.reshape(n, 2, size // 2, 2, size // 2).sum((2, 4)).reshape(n, 4)
+    assert ((quadrants > 0.35 * quadrants.max(1, keepdims=True)).sum(1) == y["count"] + 1).all()
+
+    # style: outlined = some white or black pixels inside, striped = both light and dark ones among the others
+    outline = (darkest >= 250) | (brightest <= 5)
+    many = lambda pixels: (pixels & inner).sum((1, 2)) > 20
+    assert many(outline).tolist() == (y["style"] % 2 == 1).tolist()
+    assert (many((brightest <= 112) & ~outline) & many((brightest >= 130) & ~outline)).tolist() == (y["style"] // 2 == 1).tolist()
+
+    # colour: the hue of plain objects, nearest to red, orange, yellow, green, cyan, blue, purple, pink
+    plain = np.flatnonzero(y["style"] == 0)
+    hue = np.array([360 * colorsys.rgb_to_hsv(*np.median(images[i].numpy()[:, inner[i]], axis=1))[0] for i in plain])
+    away = (hue[:, None] - np.array([0, 30, 60, 110, 180, 230, 275, 325]) + 180) % 360 - 180
+    assert (np.abs(away).argmin(1) == y["colour"][plain]).all()
+
+    # shape: of the ten polygons, turned, with the object's area and centre, the one that overlaps most
+    # pose: the turn at which the right one overlaps most; distance: the radius at which its area is the object's
+    cut = (mask[:, 0] | mask[:, -1] | mask[:, :, 0] | mask[:, :, -1]).any(1)      # by the image's border
+    single = np.flatnonzero((y["count"] == 0) & ~cut)
+    assert len(single) > 30
+    pixels = np.stack(np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), axis=-1).reshape(-1, 2)
+
+    def overlap(i, shape, degrees):
+        outline = turned(common.OUTLINES[shape], degrees)
+        area, centre = area_and_centre(outline)
+        filled = Polygon((outline - centre) * math.sqrt(mask[i].sum() / area) + pixels[mask[i].ravel()].mean(0)).contains_points(pixels)
+        return (filled & mask[i].ravel()).sum() / (filled | mask[i].ravel()).sum()
+
+    turns, radii = np.zeros(n), np.zeros(n)
+    for i in single:
+        best = [max(overlap(i, shape, degrees) for degrees in range(-48, 49, 12)) for shape in range(10)]
+        assert np.argmax(best) == y["shape"][i]
+        turns[i] = max(range(-60, 61, 3), key=lambda degrees: overlap(i, y["shape"][i], degrees))
+        radii[i] = math.sqrt((mask[i].sum() + inner[i].sum()) / 2 / area_and_centre(np.array(common.OUTLINES[y["shape"][i]]))[0])
+    of = lambda values, name, k: values[[i for i in single if y[name][i] == k]]
+    for k in range(3):
+        assert of(turns, "pose", k).max() < of(turns, "pose", k + 1).min()
+    for k in range(2):
+        assert of(radii, "distance", k).min() > of(radii, "distance", k + 1).max()
+
+
+def area_and_centre(polygon):
+    """By the shoelace formula."""
+    after = np.roll(polygon, -1, axis=0)
+    cross = polygon[:, 0] * after[:, 1] - after[:, 0] * polygon[:, 1]
+    return abs(cross.sum()) / 2, ((polygon + after) * cross[:, None]).sum(0) / (3 * cross.sum())
+
+
+# ---------------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------------
+
+def arguments(dataset, folder, image_size, holdout=False):
+    return argparse.Namespace(dataset=dataset, data_dir=str(folder), image_size=image_size, holdout=holdout, batch_size=2, device="cpu")
+
+
+def put(folder, name, content):
+    """Write a file and return [name, md5], as torchvision's lists have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    return [name, hashlib.md5(content).hexdigest()]
+
+
+def rows(images):
+    """CIFAR's layout: per image 1024 red, 1024 green, 1024 blue bytes, line by line."""
+    return np.array([[image[c, i, j] for c in range(3) for i in range(32) for j in range(32)] for image in images.numpy()], np.uint8)
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """Five batches of two images and a test batch of three, in the official format."""
+    tv, folder = torchvision.datasets.CIFAR10, tmp_path / "cifar-10-batches-py"
+    images, labels = random_images(13, 32, 32), [7, 0, 9, 3, 3, 1, 8, 2, 6, 5, 4, 4, 9]
+    batch = lambda name, at: put(folder, name, pickle.dumps({"data": rows(images[at]), "labels": labels[at]}, protocol=2))
+    meta = put(folder, "batches.meta", pickle.dumps({"label_names": list("abcdefghij")}, protocol=2))
+    monkeypatch.setattr(tv, "url", "file:///nowhere")
+    monkeypatch.setattr(tv, "train_list", [batch(f"data_batch_{k + 1}", slice(2 * k, 2 * k + 2)) for k in range(5)])
+    monkeypatch.setattr(tv, "test_list", [batch("test_batch", slice(10, 13))])
+    monkeypatch.setattr(tv, "meta", {**tv.meta, "md5": meta[1]})
+    return tmp_path, images, torch.tensor(labels)
+
+
+def test_cifar10_is_read_as_it_was_written(cifar10):
+    folder, images, labels = cifar10
+    data = common.load_dataset(arguments("cifar10", folder, 32))
+    assert data.images is data.train_images
+    assert torch.equal(data.images, images[:10]) and torch.equal(data.test_images, images[10:])
+    assert torch.equal(data.train_labels["class"], labels[:10]) and torch.equal(data.test_labels["class"], labels[10:])
+
+
+def test_other_image_sizes_are_resampled_as_pil_does_it(cifar10):
+    """PIL's bilinear filter is antialiased too; it rounds after each axis."""
+    folder, images, _ = cifar10
+    for size in (16, 48):
+        data = common.load_dataset(arguments("cifar10", folder, size))
+        expected = [TF.pil_to_tensor(TF.to_pil_image(image).resize((size, size), Image.BILINEAR)) for image in images]
+        assert_close(torch.cat([data.images, data.test_images]).float(), torch.stack(expected).float(), atol=1.01)
+
+
+CIFAR100 = """
+    beaver dolphin otter seal whale / aquarium_fish flatfish ray shark trout / orchid poppy rose sunflower tulip /
+    bottle bowl can cup plate / apple mushroom orange pear sweet_pepper / clock keyboard lamp telephone television /
+    bed chair couch table wardrobe / bee beetle butterfly caterpillar cockroach / bear leopard lion tiger wolf /
+    bridge castle house road skyscraper / cloud forest mountain plain sea / camel cattle chimpanzee elephant kangaroo /
+    fox porcupine possum raccoon skunk / crab lobster snail spider worm / baby boy girl man woman /
+    crocodile dinosaur lizard snake turtle / hamster mouse rabbit shrew squirrel /
+    maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pickup_truck train /
+    lawn_mower rocket streetcar tank tractor"""
+
+
+def test_cifar100_carries_its_superclasses(tmp_path, monkeypatch):
+    """One image of every class; coarse labels from the table at www.cs.toronto.edu/~kriz/cifar.html (above, the
+    superclasses in their order). Classes are numbered in alphabetical order."""
+    tv, folder = torchvision.datasets.CIFAR100, tmp_path / "cifar-100-python"
+    coarse_of = {name: i for i, five in enumerate(CIFAR100.split("/")) for name in five.split()}
+    names = sorted(coarse_of)
+    assert len(names) == 100
+    fine = torch.randperm(100, generator=generator()).tolist()
+    coarse, images = [coarse_of[names[k]] for k in fine], random_images(100, 32, 32)
+    batch = lambda name, at: put(folder, name, pickle.dumps(
+        {"data": rows(images[at]), "fine_labels": fine[at], "coarse_labels": coarse[at]}, protocol=2))
+    meta = put(folder, "meta", pickle.dumps({"fine_label_names": names}, protocol=2))
+    monkeypatch.setattr(tv, "url", "file:///nowhere")
+    monkeypatch.setattr(tv, "train_list", [batch("train", slice(0, 60))])
+    monkeypatch.setattr(tv, "test_list", [batch("test", slice(60, 100))])
+    monkeypatch.setattr(tv, "meta", {**tv.meta, "md5": meta[1]})
+    data = common.load_dataset(arguments("cifar100", tmp_path, 32))
+    assert torch.equal(torch.cat([data.images, data.test_images]), images)
+    for name, expected in (("class", fine), ("superclass", coarse)):
+        assert (data.train_labels[name].tolist(), data.test_labels[name].tolist()) == (expected[:60], expected[60:])
+    assert next(iter(data.train_labels)) == "class"
+
+
+@pytest.fixture
+def stl10(tmp_path, monkeypatch):
+    """Three labelled, four unlabeled and two test images, column by column as the official files have them."""
+    tv, folder = torchvision.datasets.STL10, tmp_path / "stl10_binary"
+    images = {split: random_images(n, 96, 96, seed=n) for split, n in (("train", 3), ("unlabeled", 4), ("test", 2))}
+    X = {split: put(folder, f"{split}_X.bin", x.transpose(2, 3).contiguous().numpy().tobytes()) for split, x in images.items()}
+    put(folder, "class_names.txt", b"airplane\nbird\ncar\ncat\ndeer\ndog\nhorse\nmonkey\nship\ntruck\n")
+    monkeypatch.setattr(tv, "url", "file:///nowhere")
+    monkeypatch.setattr(tv, "train_list", [X["train"], put(folder, "train_y.bin", bytes([10, 1, 4])), X["unlabeled"]])
+    monkeypatch.setattr(tv, "test_list", [X["test"], put(folder, "test_y.bin", bytes([2, 10]))])
+    return tmp_path, images
+
+
+@pytest.mark.parametrize("holdout", [False, True])
+def test_stl10_trains_on_its_unlabeled_images(stl10, holdout):
+    """Also with --holdout, which divides the labelled ones: the first of every ten becomes the test image."""
+    folder, images = stl10
+    data = common.load_dataset(arguments("stl10", folder, 96, holdout))
+    assert torch.equal(data.images, images["unlabeled"])
+    train, test = (images["train"][1:], images["train"][:1]) if holdout else (images["train"], images["test"])
+    assert torch.equal(data.train_images, train) and torch.equal(data.test_images, test)
+    assert data.train_labels["class"].tolist() == ([0, 3] if holdout else [9, 0, 3])
+    assert data.test_labels["class"].tolist() == ([9] if holdout else [1, 9])
+
+
+CORNERS = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)     # red, green / blue, white
+SQUARES = CORNERS.repeat(8, axis=0).repeat(8, axis=1)                                          # [16, 16, 3]
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def save(folder, name, image, **options):
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / name, **options)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_folder_reads_every_kind_of_file(tmp_path, test_name):
+    """RGB, RGBA, palette and grey PNG exactly; CMYK and rotated JPEG within JPEG's error. Classes by folder name."""
+    squares = Image.fromarray(SQUARES)
+    rgba = squares.convert("RGBA")
+    rgba.putalpha(Image.fromarray(GREY))
+    ink = Image.fromarray(np.dstack([255 - SQUARES, np.zeros((16, 16), np.uint8)]), mode="CMYK")
+    rotated, exif = Image.fromarray(np.rot90(SQUARES).copy()), Image.Exif()
+    exif[0x0112] = 6                                                       # to be turned 90 degrees clockwise
+    cat, dog = tmp_path / "train" / "cat", tmp_path / "train" / "dog"
+    save(cat, "1.png", squares), save(cat, "2.png", rgba), save(cat, "3.png", squares.convert("P", palette=Image.ADAPTIVE))
+    save(cat, "4.png", Image.fromarray(GREY))
+    save(dog, "1.jpg", ink, quality=100), save(dog, "2.jpg", rotated, quality=100, subsampling=0, exif=exif)
+    for name in ("cat", "dog"):
+        save(tmp_path / test_name / name, "only.png", squares if name == "cat" else Image.fromarray(GREY))
+    data = common.load_dataset(arguments("folder", tmp_path, 16))
+    squares, grey = torch.from_numpy(SQUARES).permute(2, 0, 1), torch.from_numpy(GREY).expand(3, 16, 16)
+    assert torch.equal(data.images[:4], torch.stack([squares, squares, squares, grey]))
+    assert_close(data.images[4:].float(), torch.stack([squares, squares]).float(), atol=4)
+    assert data.train_labels["class"].tolist() == [0, 0, 0, 0, 1, 1]
+    assert torch.equal(data.test_images, torch.stack([squares, grey])) and data.test_labels["class"].tolist() == [0, 1]
+
+
+def test_folder_prefers_test_to_val(tmp_path):
+    for part, value in (("train", 0), ("test", 1), ("val", 2)):
+        for i in range(2):
+            save(tmp_path / part / "cat", f"{i}.png", Image.new("RGB", (8, 8), (value,) * 3))
+    assert common.load_dataset(arguments("folder", tmp_path, 8)).test_images.unique().tolist() == [1]
+
+
+def test_folder_takes_the_centre_square(tmp_path):
+    """Shorter side to the image size, then the centre: torchvision's Resize and CenterCrop, bicubic."""
+    noise = random_images(2, 24, 48)
+    wide, high = TF.gaussian_blur(noise[0], [5, 5]), TF.gaussian_blur(noise[1], [5, 5]).mT.contiguous()
+    for part in ("train", "test"):
+        save(tmp_path / part / "cat", "high.png", TF.to_pil_image(high))
+        save(tmp_path / part / "cat", "wide.png", TF.to_pil_image(wide))
+    for size in (12, 24, 36):
+        data = common.load_dataset(arguments("folder", tmp_path, size))
+        expected = [TF.center_crop(TF.resize(image.float(), [size], TF.InterpolationMode.BICUBIC, antialias=True), [size, size])
+                    for image in (high, wide)]
+        assert_close(data.images.float(), torch.stack(expected).clamp(0, 255), atol=2)
+
+
+def test_holdout_splits_off_a_tenth_of_train(tmp_path):
+    """Three of thirty images, with their labels, from both classes; none stays among the training images."""
+    for part, first in (("train", 0), ("test", 100)):
+        for i in range(30):
+            save(tmp_path / part / ("cat" if i < 12 else "dog"), f"{i:02}.png", Image.new("RGB", (8, 8), (first + i,) * 3))
+    data = common.load_dataset(arguments("folder", tmp_path, 8, holdout=True))
+    kept, held = (images[:, 0, 0, 0].tolist() for images in (data.images, data.test_images))
+    assert data.images is data.train_images
+    assert len(held) == 3 and sorted(kept + held) == list(range(30))
+    for values, labels in ((kept, data.train_labels), (held, data.test_labels)):
+        assert labels["class"].tolist() == [0 if value < 12 else 1 for value in values]
+    assert set(data.test_labels["class"].tolist()) == {0, 1}
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoder
+# ---------------------------------------------------------------------------------------------
+
+def their_resnet(arch, image_size, in_channels):
+    """torchvision's, with every parameter and statistic random; small inputs get the stem of CIFAR's ResNets."""
+    model = getattr(torchvision.models, arch)()
+    if image_size <= 64:
+        model.conv1, model.maxpool = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False), nn.Identity()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                values.data.uniform_(0.3, 0.8)
+    model.fc = model.avgpool = nn.Identity()
+    return model.eval()
+
+
+@pytest.mark.parametrize("arch, image_size, side, in_channels, map_shape", [
+    ("resnet18", 224, 224, 3, (512, 7, 7)), ("resnet50", 224, 224, 3, (2048, 7, 7)), ("resnet18", 96, 96, 3, (512, 3, 3)),
+    ("resnet18", 32, 32, 3, (512, 4, 4)), ("resnet50", 32, 32, 3, (2048, 4, 4)),
+    ("resnet18", 1, 4, 512, (512, 1, 1)), ("resnet18", 1, 1, 512, (512, 1, 1))])
+def test_resnet_equals_torchvisions(arch, image_size, side, in_channels, map_shape):
+    """The same weights, copied over in order, give the same map: on images, and (image_size 1) on an encoder's map."""
+    torch.manual_seed(0)
+    theirs, ours = their_resnet(arch, image_size, in_channels), common.ResNet(arch, image_size, in_channels=in_channels)
+    names, values = ours.state_dict().keys(), theirs.state_dict().values()
+    assert len(names) == len(values)
+    ours.load_state_dict(dict(zip(names, values)))
+    ours.eval()
+    x = torch.randn(2, in_channels, side, side)
+    with torch.no_grad():
+        y, pooled = ours(x), theirs(x).unflatten(1, map_shape)             # theirs flattens the map: pooling is left out
+    assert y.shape == (2, *map_shape) and ours.channels == map_shape[0]
+    torch.testing.assert_close(y, pooled, rtol=1e-4, atol=1e-5 * pooled.abs().max().item())
+    torch.testing.assert_close(common.pool(y), pooled.flatten(2).mean(2), rtol=1e-4, atol=1e-5 * pooled.abs().max().item())
+
+
+def test_parameter_counts():
+    """torchvision's published counts without the classifier; at other widths the formula over all layers."""
+    assert common.count_parameters(common.ResNet("resnet18", 224)) == 11_689_512 - 513_000
+    assert common.count_parameters(common.ResNet("resnet50", 224)) == 25_557_032 - 2_049_000
+    for w in (1, 16, 64):
+        total = 27 * w + 2 * w                                                                   # stem: 3x3x3 and BN
+        for c_in, c in ((w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)):
+            total += 9 * c_in * c + 3 * 9 * c * c + 4 * 2 * c + (c_in != c) * (c_in * c + 2 * c)  # two blocks, shortcut
+        assert common.count_parameters(common.ResNet("resnet18", 32, width=w)) == total
+
+
+@pytest.mark.parametrize("arch, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_every_block_starts_as_its_shortcut(arch, last):
+    """The last BN of each block, and no other, starts at zero: so block(x) is relu(shortcut(x))."""
+    encoder = common.ResNet(arch, 32, width=8)
+    zero = {name for name, module in encoder.named_modules() if isinstance(module, nn.BatchNorm2d) and (module.weight == 0).all()}
+    assert zero == {f"blocks.{i}.{last}" for i in range(len(encoder.blocks))}
+    x = torch.randn(4, 8, 8, 8, generator=generator())
+    for block in encoder.blocks:
+        y, shortcut = block(x), block.downsample(x) if block.downsample else x
+        assert_close(y, shortcut.relu())
+        x = y.detach()
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------
+
+def test_lars_equals_its_definition():
+    """Five steps in float64. Weights: g + wd w, times eta ||w|| / ||.||, or 1 where that is 0 or infinite;
+    then momentum 0.9. The others: momentum alone."""
+    weights = [torch.randn(3, 4), torch.randn(5, 2) * 10, torch.zeros(2, 2), torch.randn(2, 2)]
+    others = [torch.randn(4), torch.zeros(3)]
+    ours = [nn.Parameter(w.double()) for w in weights + others]
+    optimizer = common.LARS([{"params": ours[:4], "weight_decay": 0.01}, {"params": ours[4:], "lars": False}], lr=0.0)
+    plain, velocity = [w.detach().numpy().copy() for w in ours], [np.zeros(w.shape) for w in ours]
+    random = np.random.RandomState(0)
+    for step in range(5):
+        lr = 0.5 / (step + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for i, w in enumerate(plain):
+            g = random.randn(*w.shape)
+            if i == 3:
+                g = -0.01 * w                                              # cancels the decay: ||g + wd w|| is 0
+            ours[i].grad = torch.from_numpy(g.copy())
+            if i < 4:
+                g = g + 0.01 * w
+                w_norm, g_norm = np.sqrt((w**2).sum()), np.sqrt((g**2).sum())
+                g = g * (0.001 * w_norm / g_norm if w_norm > 0 and g_norm > 0 else 1)
+            velocity[i] = 0.9 * velocity[i] + g
+            plain[i] = w - lr * velocity[i]
+        optimizer.step()
+        for a, b in zip(ours, plain):
+            np.testing.assert_allclose(a.detach().numpy(), b, rtol=1e-12, atol=1e-14)
+
+
+def test_learning_rate():
+    """Linear from peak / warmup to peak, a cosine with its middle at half, peak / 1000 at the very last step."""
+    rate = lambda step: common.learning_rate(step, 111, 10, 2.0)
+    assert rate(0) == pytest.approx(0.2) and rate(4) == pytest.approx(1.0)
+    assert rate(9) == rate(10) == pytest.approx(2.0)
+    assert rate(60) == pytest.approx((2.0 + 0.002) / 2)
+    assert rate(35) == pytest.approx(0.002 + 1.998 * (1 + math.sqrt(0.5)) / 2)              # a quarter of the cosine
+    assert rate(110) == pytest.approx(0.002)
+    assert common.learning_rate(0, 50, 0, 2.0) == pytest.approx(2.0)
+    assert common.learning_rate(49, 50, 0, 2.0) == pytest.approx(0.002)
+    assert common.learning_rate(0, 1, 0, 2.0) == pytest.approx(2.0)                         # a run of one step
+    assert common.learning_rate(4, 5, 10, 2.0) == pytest.approx(1.0)                        # shorter than its warm-up
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_only_weights_are_decayed(name):
+    """Kernels and matrices in one group, biases and norms in the other, frozen parameters in none."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 6, bias=False))
+    model[4].weight.requires_grad = model[3].bias.requires_grad = False
+    optimizer = common.make_optimizer(model, argparse.Namespace(optimizer=name, weight_decay=0.3, device="cpu"))
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    ids = lambda parameters: sorted(map(id, parameters))
+    assert ids(decayed["params"]) == ids([model[0].weight, model[2].weight])
+    assert ids(others["params"]) == ids([model[0].bias, *model[1].parameters(), model[2].bias, model[3].weight])
+    assert type(optimizer) is {"adamw": torch.optim.AdamW, "lars": common.LARS}[name]
+    if name == "lars":
+        assert (decayed["lars"], others["lars"]) == (True, False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Judging
+# ---------------------------------------------------------------------------------------------
+
+def loop_knn(train, labels, test, test_labels, k, temperature):
+    correct = 0
+    for x, label in zip(test, test_labels):
+        similarity = [sum(a * b for a, b in zip(x, z)) / math.hypot(*x) / math.hypot(*z) for z in train]
+        votes = {}
+        for i in sorted(range(len(train)), key=lambda i: -similarity[i])[:k]:
+            votes[labels[i]] = votes.get(labels[i], 0) + math.exp(similarity[i] / temperature)
+        correct += max(votes, key=votes.get) == label
+    return correct / len(test)
+
+
+def test_knn_equals_a_double_loop():
+    """More test features than one part holds, lengths that differ, a class that never occurs, k above the number of features."""
+    g = generator()
+    centres = torch.randn(4, 6, generator=g)
+    labels, test_labels = (torch.randint(4, (n,), generator=g) for n in (60, 1050))
+    features, test = (centres[y] + 1.2 * torch.randn(len(y), 6, generator=g) for y in (labels, test_labels))
+    features = features * torch.rand(60, 1, generator=g).add(0.1)
+    labels[labels == 2] = 5
+    test_labels[test_labels == 2] = 5
+    values = [t.double().tolist() if t.is_floating_point() else t.tolist() for t in (features, labels, test, test_labels)]
+    expected = {setting: loop_knn(*values, *setting) for setting in ((1, 0.1), (10, 0.1), (10, 5.0), (60, 0.1))}
+    assert len(set(expected.values())) == 4
+    for (k, temperature), accuracy in expected.items():
+        assert common.knn(features, labels, test, test_labels, k, temperature) == accuracy
+    assert common.knn(features, labels, test, test_labels) == expected[60, 0.1]              # k = 80 of 60
+
+
+def test_effective_rank():
+    """n for n orthogonal rows of one length, 1 for one repeated vector, else the entropy of the singular values."""
+    assert common.effective_rank(3 * torch.eye(8)) == pytest.approx(8, rel=1e-3)
+    assert common.effective_rank(torch.ones(50, 8) * torch.arange(1.0, 9.0)) == pytest.approx(1, rel=1e-3)
+    spectrum = np.array([5.0, 3.0, 1.0, 0.5, 0.01])
+    u, v = (np.linalg.qr(np.random.RandomState(seed).randn(n, 5))[0] for seed, n in ((0, 40), (1, 7)))
+    p = spectrum / spectrum.sum()
+    rank = np.exp(-(p * np.log(p)).sum())
+    assert common.effective_rank(torch.from_numpy(u * spectrum @ v.T).requires_grad_()) == pytest.approx(rank, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+def failing(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_write_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    common.write(path, b"old")
+    common.write(path, b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["metrics.jsonl"]
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, failing)
+            with pytest.raises(OSError):
+                common.write(path, b"newer")
+        assert path.read_bytes() == b"new"
+
+
+STATE = {"method": "vicreg", "config": {"seed": 3}, "epoch": 2, "history": [{"loss": 1.5}],
+         "model": {"w": torch.arange(1000.0)}, "optimizer": {"lr": 0.1}}
+
+
+def test_checkpoint_comes_back_and_survives_a_full_disk(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, STATE)
+    def full(state, file, *args, **kwargs):
+        Path(file).write_bytes(b"half") if isinstance(file, (str, Path)) else file.write(b"half")
+        failing()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises((OSError, common.RunFailed)):
+            common.save_checkpoint(path, {**STATE, "epoch": 3})
+    for method in (None, "vicreg"):
+        state = common.load_checkpoint(path, method)
+        assert torch.equal(state["model"].pop("w"), torch.arange(1000.0))
+        assert state == {**STATE, "model": {}}
+
+
+class Evil:
+    """Unpickling this creates a file."""
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def saved(state, **options):
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+UNUSABLE = {  # content of the file, words of the message
+    "cut short": (saved(STATE)[:2000], ""),
+    "old format, cut short": (saved(STATE, _use_new_zipfile_serialization=False)[:300], ""),
+    "only a pickle's first bytes": (b"\x80\x02", ""),
+    "empty": (b"", ""),
+    "text": (b"not a checkpoint\n", ""),
+    "pickle": (pickle.dumps({"epoch": 3}, protocol=2), ""),
+    "tensor": (saved(torch.zeros(3)), ""),
+    "field missing": (saved({name: value for name, value in STATE.items() if name != "optimizer"}), ""),
+    "field of another type": (saved({**STATE, "epoch": "2"}), ""),
+    "other method": (saved({**STATE, "method": "sjea"}), "sjea"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_unusable_checkpoints(tmp_path, kind):
+    """The message names the file, in one line of the terminal."""
+    path = tmp_path / "checkpoint.pt"
+    content, word = UNUSABLE[kind]
+    path.write_bytes(content)
+    with pytest.raises(common.Unusable, match="checkpoint.pt.*" + word):
+        common.load_checkpoint(path, "vicreg")
+
+
+def test_missing_checkpoint(tmp_path):
+    """A path that is not there is said to be that; a folder is no checkpoint either."""
+    for path, words in ((tmp_path / "none.pt", "no checkpoint .*none.pt"), (tmp_path, tmp_path.name)):
+        with pytest.raises(common.Unusable, match=words):
+            common.load_checkpoint(path, "vicreg")
+
+
+trusting = lambda file: torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("write, read", [
+    (lambda state: pickle.dumps(state, protocol=2), pickle.load),
+    (saved, trusting), (lambda state: saved(state, _use_new_zipfile_serialization=False), trusting)])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path, write, read):
+    """The same file does run its code where it is trusted."""
+    path, marker = tmp_path / "checkpoint.pt", tmp_path / "marker"
+    path.write_bytes(write({**STATE, "model": Evil(marker)}))
+    with pytest.raises(common.Unusable):
+        common.load_checkpoint(path, "vicreg")
+    assert not marker.exists()
+    read(io.BytesIO(path.read_bytes()))
+    assert marker.exists()
