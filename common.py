@@ -678,13 +678,13 @@ def report(row, epochs, history):
     """One line per epoch on the terminal, and a warning where the embeddings collapse."""
     show = lambda name, values: name + " " + " / ".join(values)
     parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}",
-             show("rank", [f"{rank:.0f}" for rank in row["effective_rank"].values()])]
+             show("rank", [f"{rank:.1f}" for rank in row["effective_rank"].values()])]
     if "knn" in row:
         parts.append(show("k-NN", [f"{100 * accuracy:.1f}" for accuracy in row["knn"].values()]))
     tqdm.write("  ".join(parts + [f"{row['images_per_second']:.0f} images/s", f"{row['peak_memory_mb']:.0f} MB"]))
     for level, rank in row["effective_rank"].items():
-        if rank < 3 and not any(past["effective_rank"][level] < 3 for past in history[:-1]):
-            tqdm.write(f"warning: level {level} is collapsing: its embeddings have an effective rank of {rank:.1f}. "
+        if rank < 1.5 and not any(past["effective_rank"][level] < 1.5 for past in history[:-1]):
+            tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
                        "Try a larger variance weight or a lower --lr.", file=sys.stderr)
 
 
@@ -695,13 +695,16 @@ def peak_memory_mb(device):
 
 
 def effective_rank(z):
-    """RankMe of embeddings z [n, d]: exp of the entropy of their normalised singular values, in [1, min(n, d)].
+    """How many directions embeddings z [n, d] spread over: exp of the entropy of their covariance's spectrum.
 
-    Not centred, so that embeddings which all became one vector have rank 1 (Garrido et al. 2023, Eq. 1).
+    As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance, to which one of size 1 is added:
+    the constant direction, in units of VICReg's gamma. So it is 1 where all embeddings became one vector,
+    however small the noise that is left, and at most min(n, d + 1).
     """
-    s = torch.linalg.svdvals(z.detach().float().cpu())
-    p = s / s.sum() + 1e-7
-    return torch.exp(-(p * p.log()).sum()).item()
+    z = z.detach().float().cpu()
+    eigenvalues = torch.linalg.svdvals(z - z.mean(0)).pow(2) / (len(z) - 1)
+    p = torch.cat([eigenvalues, torch.ones(1)]) / (eigenvalues.sum() + 1)
+    return torch.special.entr(p).sum().exp().item()
 
 
 def write(path, content):
@@ -754,6 +757,7 @@ def draw_curves(history, path):
             axis.plot([row["epoch"] for row in rows], [row[field][level] for row in rows], "o-", label=f"level {level}")
     for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank of the embeddings", "k-NN accuracy")):
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     axes[1].set_yscale("log")
