@@ -85,11 +85,9 @@ def add_common_arguments(parser, **defaults):
     add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
-    add("--optimizer", choices=("adamw", "lars"), help="adamw up to batch 256, lars for large batches")
-    add("--lr", type=number(float, 0), help="peak learning rate for a batch of 256, scaled by batch size / 256 (default: adamw 0.03, lars 0.3)")
-    add("--weight-decay", type=number(float, 0), help="on weights only, never on biases and norms (default: adamw 1e-4, lars 1e-6)")
+    add("--lr", type=number(float, 0), help="peak learning rate for a batch of 256, scaled by batch size / 256")
+    add("--weight-decay", type=number(float, 0), help="on weights only, never on biases and norms")
     add("--warmup-epochs", type=number(float, 0), help="epochs of linear warm-up before the cosine")
-    add("--width", type=number(int, 1), help="base channels of the ResNet; the standard one has 64")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of weights, data order and augmentations")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--precision", choices=("fp32", "bf16"), help="of the encoder (default: bf16 where the hardware has it)")
@@ -109,9 +107,6 @@ def parse(parser, argv=None):
     args.device = pick_device(args.device)
     args.precision = args.precision or ("bf16" if bf16_is_fast(args.device) else "fp32")
     args.image_size = args.image_size or DATASETS[args.dataset]
-    lr, weight_decay = {"adamw": (0.03, 1e-4), "lars": (0.3, 1e-6)}[args.optimizer]
-    args.lr = lr if args.lr is None else args.lr
-    args.weight_decay = weight_decay if args.weight_decay is None else args.weight_decay
     args.out = args.out or f"runs/{args.method}-{args.dataset}"
     if args.warmup_epochs > args.epochs:
         raise Unusable(f"argument --warmup-epochs: {args.warmup_epochs} is more than the {args.epochs} epochs of the run")
@@ -411,7 +406,7 @@ def draw_view(view, n, height, width, generator):
     jitter, (b, c, s, hue) = happens(view.p_jitter), view.jitter
     factor = lambda strength: torch.where(jitter, uniform(max(0, 1 - strength), 1 + strength), 1.0)
     return {"top": top, "left": left, "height": h, "width": w, "flip": happens(view.p_flip),
-            "order": torch.randperm(4, generator=generator, device=device).tolist(),
+            "order": torch.randperm(4, generator=generator, device=device).tolist() if view.p_jitter else [],
             "brightness": factor(b), "contrast": factor(c), "saturation": factor(s),
             "hue": torch.where(jitter, uniform(-hue, hue), 0.0), "grey": happens(view.p_grey),
             "sigma": torch.where(happens(view.p_blur), uniform(0.1, 2.0), 0.0), "solarize": happens(view.p_solarize)}
@@ -551,6 +546,86 @@ def pool(y):
     return y.mean((2, 3))
 
 
+VITS = {"micro": (128, 6, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+        "large": (1024, 24, 16), "huge": (1280, 32, 16)}  # width D, depth, heads
+
+
+class ViT(nn.Module):
+    """A Vision Transformer without class token that encodes all patches of an image, or some of them."""
+
+    def __init__(self, size, image_size, patch_size):
+        super().__init__()
+        self.width, depth, heads = VITS[size]
+        self.patch_size = patch_size
+        self.embed = nn.Linear(3 * patch_size**2, self.width)
+        self.register_buffer("position", positions(image_size // patch_size, self.width), persistent=False)
+        self.blocks = nn.Sequential(*(Block(self.width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        initialise(self)
+
+    def forward(self, x, index=None):
+        """[B, 3, H, W] -> features [B, N, D]; of the patches index [B, K] alone -> [B, K, D]."""
+        x, position = patches(x, self.patch_size), self.position                                # [B, N, 3 p p], [N, D]
+        if index is not None:
+            x, position = take(x, index), position[index]                                       # [B, K, ...]
+        return self.norm(self.blocks(self.embed(x) + position))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a perceptron four times as wide."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        """[B, N, D] -> [B, N, D]."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, N, D / heads]
+        x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for [B, heads, N, d]; the fused kernel only where it is the faster one."""
+    if q.device.type == "cpu":
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def positions(grid_size, width):
+    """[grid_size^2, width]: sin and cos of row and column at width / 4 frequencies, row-major."""
+    frequency = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency                   # [grid, width / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                                         # [grid, width / 2]
+    rows, columns = wave[:, None].expand(-1, grid_size, -1), wave[None].expand(grid_size, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1).float()
+
+
+def initialise(transformer):
+    """Weights from a normal of 0.02 cut at 2; the last layer of either branch of block l scaled by 1 / sqrt(2 l)."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    for depth, block in enumerate(transformer.blocks, 1):
+        for layer in (block.proj, block.fc2):
+            layer.weight.data.div_(math.sqrt(2 * depth))
+
+
+def patches(x, p):
+    """[B, 3, H, W] -> [B, N, 3 p p]: patches of p x p pixels, row-major."""
+    B, C, H, W = x.shape
+    return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p * (W // p), C * p * p)
+
+
+def take(x, index):
+    """x [B, N, D], index [B, ...] -> [B, ..., D]: per image, the rows that index names."""
+    return x.gather(1, index.flatten(1)[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, x.shape[2])
+
+
 def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -600,16 +675,22 @@ def learning_rate(step, steps, warmup, peak):
     return peak * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def weight_decay(step, steps, start, end):
+    """A cosine from start at the first of `steps` to end at the last."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
+
+
 # ---------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------
 
-def train(args, model, training_step, data):
+def train(args, model, training_step, data, after_step=None):
     """Train `model` on data.images and leave config, log, checkpoint and curves in args.out.
 
     training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise,
-    its parts {name: scalar} and {level: [n, d]} to watch for collapse. All randomness of step t comes
-    from generators seeded with (args.seed, t), so that a resumed run draws what an undisturbed one does.
+    its parts {name: scalar} and {level: [n, d]} to watch for collapse. after_step(model, args, progress),
+    where given, follows each update; progress goes from 0 to 1 over the run. All randomness of step t
+    comes from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
     """
     out, device = Path(args.out), args.device
     per_epoch = len(data.images) // args.batch_size
@@ -645,9 +726,12 @@ def train(args, model, training_step, data):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, warmup, peak)
+            optimizer.param_groups[0]["weight_decay"] = weight_decay(step, steps, args.weight_decay, args.weight_decay_end)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if after_step:
+                after_step(forward, args, step / max(1, steps - 1))
             terms = {"loss": loss, **terms}
             sums = sums + torch.stack([term.detach() for term in terms.values()])
             if i % 20 == 0 or i == per_epoch - 1:               # reading a value waits for the device
@@ -659,7 +743,8 @@ def train(args, model, training_step, data):
         row = {"epoch": epoch + 1, **{name: value / per_epoch for name, value in zip(terms, sums.tolist())},
                "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
                "peak_memory_mb": peak_memory_mb(device), "seconds": seconds,
-               "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()}}
+               "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
+               "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
         last = epoch + 1 == args.epochs
         if last or args.eval_every and (epoch + 1) % args.eval_every == 0:
             features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
@@ -743,19 +828,20 @@ def load_checkpoint(path, method=None):
 
 
 def draw_curves(history, path):
-    """The log as four small plots over epochs: loss, its terms, effective rank, k-NN accuracy."""
+    """The log as five small plots over epochs: loss, its terms, effective rank, spread, k-NN accuracy."""
     epochs = [row["epoch"] for row in history]
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(22, 4), layout="constrained")
     terms = [name for name in history[0] if name not in
-             ("epoch", "lr", "loss", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "knn")]
+             ("epoch", "lr", "loss", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std", "knn")]
     axes[0].plot(epochs, [row["loss"] for row in history], "o-", label="loss")
     for name in terms:
         axes[1].plot(epochs, [row[name] for row in history], "o-", label=name)
-    for axis, field in zip(axes[2:], ("effective_rank", "knn")):
+    for axis, field in zip(axes[2:], ("effective_rank", "feature_std", "knn")):
         rows = [row for row in history if field in row]
         for level in rows[0][field] if rows else ():
             axis.plot([row["epoch"] for row in rows], [row[field][level] for row in rows], "o-", label=f"level {level}")
-    for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank of the embeddings", "k-NN accuracy")):
+    for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank of the embeddings",
+                                  "standard deviation of the embeddings", "k-NN accuracy")):
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)

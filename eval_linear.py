@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import common
 
-MODELS = {"vicreg": "VICReg", "sjea": "SJEA"}  # method's script: its model class
+MODELS = {"vicreg": "VICReg", "sjea": "SJEA", "ijepa": "JEPA", "cjepa": "JEPA"}  # method's script: its model class
 
 # ---- the probe ------------------------------------------------------------------------------
 

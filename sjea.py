@@ -167,9 +167,14 @@ def arguments(argv=None):
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=1.0, help="nu: weight of the covariance term")
-    common.add_common_arguments(parser, method="sjea", epochs=3, batch_size=64, optimizer="adamw",
-                                warmup_epochs=0.5, width=16, eval_every=2)
+    add("--width", type=number(int, 1), default=16, help="base channels of the ResNet; the standard one has 64")
+    add("--optimizer", choices=("adamw", "lars"), default="adamw", help="adamw up to batch 256, lars for large batches")
+    common.add_common_arguments(parser, method="sjea", epochs=3, batch_size=64, lr=0.03, weight_decay=1e-4,
+                                warmup_epochs=0.5, eval_every=2)
+    if parser.parse_known_args(argv)[0].optimizer == "lars":
+        parser.set_defaults(lr=0.3, weight_decay=1e-6)
     args = common.parse(parser, argv)
+    args.weight_decay_end = args.weight_decay
     args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08)
     args.projectors = args.projectors or "1" * args.stacks
     args.stack_weights = args.stack_weights or [1.0] * args.stacks

@@ -336,7 +336,8 @@ def test_every_label_can_be_read_off_the_pixels(monkeypatch):
     # count: how many times the area of one such object is painted
     one = np.array([area_and_centre(np.array(outline))[0] for outline in common.OUTLINES])[y["shape"]]
     one = one * (np.array([0.22, 0.19, 0.16])[y["distance"]] * size) ** 2
-    assert (np.rint((mask.sum((1, 2)) + inner.sum((1, 2))) / 2 / one) == y["count"] + 1).all()
+    copies = (mask.sum((1, 2)) + inner.sum((1, 2))) / 2 / one                      # turned ones may overlap by a little
+    assert (np.rint(1.03 * copies) == y["count"] + 1).all()
 
     # style: outlined = some white pixels inside, striped = some dark ones
     many = lambda pixels: (pixels & inner).sum((1, 2)) > 20

@@ -1,0 +1,265 @@
+"""I-JEPA: an Image-based Joint-Embedding Predictive Architecture.
+
+Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://arxiv.org/abs/2301.08243
+
+    python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
+    python ijepa.py --dataset stl10 --vit small --patch-size 8
+
+An image y becomes N patches. A context encoder sees some of them, a predictor says from these alone what
+a target encoder, which sees the whole image, makes of M blocks of the others:
+
+    s_y = target encoder(y)               features of all patches [B, N, D], layer-normed, no gradient
+    s_x = context encoder(y at B_x)       features of the context's patches [B, Nc, D]
+    s_hat(i) = predictor(s_x, where block B_i lies)             for each target block i by itself
+    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
+    target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1            the EMA
+
+Where this script differs from the paper: by default D is smooth-L1, averaged over everything, as in the
+authors' code (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is drawn among
+those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may
+leave them, and never reach its last row and column. Published settings come with --recipe paper;
+the others were measured on images of 32 px.
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import eval_linear
+from common import View, take
+
+# ---- masks ----------------------------------------------------------------------------------
+
+
+def block_sizes(grid_size, scale, aspect):
+    """[(h, w), ...]: the blocks of h x w patches with h w / grid_size^2 in scale and h / w in aspect."""
+    sides = range(1, grid_size + 1)
+    sizes = [(h, w) for h in sides for w in sides
+             if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
+    return [size for size in sizes if max(size) < grid_size] or sizes   # the whole grid only where nothing else fits
+
+
+def place_blocks(batch_size, count, sizes, grid_size, generator):
+    """One of `sizes` for the whole batch, `count` places per image: row-major patch indices [B, count, h w]."""
+    h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
+    top = torch.randint(grid_size - h + 1, (batch_size, count, 1, 1), generator=generator)
+    left = torch.randint(grid_size - w + 1, (batch_size, count, 1, 1), generator=generator)
+    rows, columns = top + torch.arange(h)[:, None], left + torch.arange(w)                  # [B, count, h, 1], [B, count, 1, w]
+    return (rows * grid_size + columns).flatten(2)                                          # [B, count, h w]
+
+
+def indices(mask):
+    """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
+    ## Images of a batch leave different numbers of patches; a tensor needs one number. This cut, not
+    ## the blocks, brings the context down to a quarter of the image: it depends on the batch size.
+    return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
+
+
+def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2),
+                     target_aspect=(0.75, 1.5), context_scale=(0.85, 1.0)):
+    """The paper's masks: M blocks to predict, and of one large square whatever they leave.
+
+    Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
+    """
+    targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, target_aspect), grid_size, generator)  # I-JEPA masks: B_i
+    square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
+    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
+    ## A context patch inside a target would be an answer in the question.
+    context.scatter_(1, targets.flatten(1), False)
+    return indices(context), targets                                      # I-JEPA masks: B_x
+
+
+def rasterized_masks(batch_size, grid_size, generator=None):
+    """One quadrant, drawn per image, is the context; the three others are the targets. grid_size is even."""
+    half = grid_size // 2
+    top_left = torch.arange(half)[:, None] * grid_size + torch.arange(half)
+    corners = torch.tensor([0, half, half * grid_size, half * (grid_size + 1)])
+    quadrants = top_left.flatten() + corners[:, None]                                       # [4, N / 4]
+    order = torch.rand(batch_size, 4, generator=generator).argsort(1)
+    return quadrants[order[:, 0]], quadrants[order[:, 1:]]
+
+
+def block_masks(batch_size, grid_size, generator=None):
+    """One block of about 0.6 of the image is the target, all the rest the context."""
+    target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), (0.75, 1.5)), grid_size, generator)
+    return indices(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
+
+
+def random_masks(batch_size, grid_size, generator=None):
+    """0.6 of the patches, anywhere, are the target, the rest is the context."""
+    order, count = torch.rand(batch_size, grid_size**2, generator=generator).argsort(1), round(0.6 * grid_size**2)
+    return order[:, count:], order[:, None, :count]
+
+
+def draw_masks(args, batch_size, generator):
+    """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU: their shapes must be known there."""
+    grid_size = args.image_size // args.patch_size
+    if args.masking == "multiblock":
+        return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale,
+                                context_scale=args.context_scale)
+    strategies = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}
+    return strategies[args.masking](batch_size, grid_size, generator)
+
+
+# ---- loss -----------------------------------------------------------------------------------
+
+
+def prediction_loss(s_hat, s, kind="smooth_l1"):
+    """L of I-JEPA: predictions s_hat and target features s, both [B, M, Nt, D], -> a scalar >= 0.
+
+    "l2": the paper's, summed over a block's patches and features, averaged over blocks and images.
+    "smooth_l1": the authors' code's, averaged over everything. Half precision is computed in float32.
+    """
+    s_hat, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s_hat, s))
+    if kind == "l2":
+        return (s_hat - s).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
+    ## Quadratic for errors below 1 and linear above. Its value says nothing about the features: it falls
+    ## fastest where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
+    return F.smooth_l1_loss(s_hat, s)
+
+
+# ---- model ----------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """A narrow ViT: from the context's features to those of one target block, which it knows by position."""
+
+    def __init__(self, args, width, out_features):
+        super().__init__()
+        d, heads = args.predictor_width, common.VITS[args.vit][2]
+        self.embed, self.mask_token = nn.Linear(width, d), nn.Parameter(torch.empty(d).normal_(std=0.02))
+        self.register_buffer("position", common.positions(args.image_size // args.patch_size, d), persistent=False)
+        self.blocks = nn.Sequential(*(common.Block(d, heads) for _ in range(args.predictor_depth)))
+        self.norm, self.project = nn.LayerNorm(d, eps=1e-6), nn.Linear(d, out_features)
+        common.initialise(self)
+
+    def forward(self, s_x, context, targets):
+        """s_x [B, Nc, D], context [B, Nc], targets [B, M, Nt] -> predictions [B, M, Nt, D]."""
+        B, M, Nt = targets.shape
+        known = self.embed(s_x) + self.position[context]                                    # [B, Nc, d]
+        asked = self.mask_token + self.position[targets]                                    # [B, M, Nt, d]
+        ## Once per block: with all blocks in one sequence, the blocks asked for would see each other.
+        tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
+        tokens = self.blocks(tokens.flatten(0, 1))                        # I-JEPA predictor  [B M, Nc + Nt, d]
+        return self.project(self.norm(tokens[:, -Nt:])).unflatten(0, (B, M))                # [B, M, Nt, D]
+
+
+class JEPA(nn.Module):
+    """Context encoder, its moving average the target encoder, and the predictor."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.pixels, self.patch_size = args.target == "pixels", args.patch_size
+        self.context_encoder = common.ViT(args.vit, args.image_size, args.patch_size)
+        self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+        D = self.context_encoder.width
+        self.predictor = Predictor(args, D, 3 * args.patch_size**2 if self.pixels else D)
+
+    def forward(self, y, context, targets):
+        """Images y [B, 3, H, W] and masks -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
+        with torch.no_grad():
+            s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
+            ## Without this norm the encoder could make its features, and with them the loss, small.
+            s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]
+        s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
+        return self.predictor(s_x, context, targets), s_y
+
+    def representations(self, y):
+        """{level: [B, D]}: what is kept after training, the mean of each encoder's patch features."""
+        return {"target": self.target_encoder(y).mean(1), "context": self.context_encoder(y).mean(1)}
+
+
+# ---- one training step ----------------------------------------------------------------------
+
+
+def training_step(model, x, args, generator):
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
+    y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
+    context, targets = draw_masks(args, len(x), torch.Generator().manual_seed(generator.initial_seed()))
+    context, targets = context.to(y.device), targets.to(y.device)                           # [B, Nc], [B, M, Nt]
+    s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
+    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)
+    return loss, {"prediction": loss}, {"target": s_y.mean(1), "prediction": s_hat.mean((1, 2))}
+
+
+@torch.no_grad()
+def update_target(model, args, progress):
+    """The EMA, after each step: momentum m goes linearly from args.ema to 1, or stays at 0."""
+    ## With m = 0 the target is the context encoder itself: it can follow every step towards a constant,
+    ## for which any prediction is right. Slowness is what I-JEPA has against collapse.
+    m = args.ema + (1 - args.ema) * progress if args.ema else 0.0
+    for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
+        target.lerp_(context, 1 - m)                                      # I-JEPA EMA
+
+
+# ---- arguments ------------------------------------------------------------------------------
+
+PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=40, lr=1.25e-4,
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, crop_min=0.3, predictor_width=384, predictor_depth=6)
+
+
+def arguments(argv=None):
+    parser = common.Parser(__doc__)
+    add, number = parser.add_argument, common.number
+    add("--recipe", choices=("small", "paper"), default="small", help="defaults of all other flags: measured on small images, or published")
+    add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
+    add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
+    add("--predictor-width", type=number(int, 4), default=64, help="features of the predictor's tokens")
+    add("--predictor-depth", type=number(int, 1), default=3, help="blocks of the predictor")
+    add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
+    add("--num-targets", type=number(int, 1), default=4, help="M: target blocks of multiblock")
+    add("--target-scale", type=number(float, 0, 1), nargs=2, default=[0.15, 0.2], help="share of the image in a target block")
+    add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="share of the image in the context square")
+    add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches themselves")
+    add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
+    add("--ema", type=number(float, 0, 1), default=0.996, help="m: the target's momentum at the start, 1 at the end; 0: no EMA")
+    add("--crop-min", type=number(float, 0.01, 1), default=0.3, help="smallest crop, as a share of the image")
+    add("--weight-decay-end", type=number(float, 0), default=0.4, help="weight decay after the last step, by a cosine")
+    common.add_common_arguments(parser, method="ijepa", epochs=10, batch_size=128, lr=1e-3, weight_decay=0.04,
+                                warmup_epochs=1, eval_every=2, optimizer="adamw")
+    if parser.parse_known_args(argv)[0].recipe == "paper":
+        parser.set_defaults(**PAPER)
+    args = common.parse(parser, argv)
+    check_grid(args)
+    return args
+
+
+def check_grid(args):
+    """Raises Unusable where the image has no such grid of patches, or the grid no such blocks."""
+    if args.image_size % args.patch_size:
+        raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
+    heads, grid_size = common.VITS[args.vit][2], args.image_size // args.patch_size
+    if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > common.VITS[args.vit][0]:
+        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads, "
+                              f"and at most the encoder's {common.VITS[args.vit][0]}")
+    wanted = {"multiblock": [("--target-scale", args.target_scale, (0.75, 1.5)), ("--context-scale", args.context_scale, (1, 1))],
+              "block": [("--masking block", (0.55, 0.65), (0.75, 1.5))]}.get(args.masking, [])
+    for flag, scale, aspect in wanted:
+        if not block_sizes(grid_size, scale, aspect):
+            raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} "
+                                  f"of them and an aspect ratio in {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")
+    if args.masking == "rasterized" and grid_size % 2:
+        raise common.Unusable(f"argument --masking: rasterized needs an even number of patches on a side, not {grid_size}")
+    if args.masking == "multiblock":
+        area = lambda scale, aspect: [h * w for h, w in block_sizes(grid_size, scale, aspect)]
+        if args.num_targets * max(area(args.target_scale, (0.75, 1.5))) >= min(area(args.context_scale, (1, 1))):
+            raise common.Unusable(f"argument --num-targets: {args.num_targets} blocks of --target-scale {args.target_scale[1]} can cover the whole context")
+
+
+# ---- main -----------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = arguments(argv)
+    data = common.load_dataset(args)
+    torch.manual_seed(args.seed)
+    model = JEPA(args)
+    common.train(args, model, training_step, data, update_target)
+    eval_linear.main([f"{args.out}/checkpoint.pt"])
+
+
+if __name__ == "__main__":
+    common.command_line(main)

@@ -1,0 +1,281 @@
+"""ijepa.py: masks, a slow reference of the whole step in float64, the EMA, encoder sizes, a resumed run."""
+import json
+import math
+
+import pytest
+import torch
+import torchvision
+
+import common
+import ijepa
+
+SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "16", "--predictor-depth", "2"]
+
+
+def rectangle(indices, grid):
+    """(top, left, h, w) of a set of patches that fills a rectangle, else an assertion fails."""
+    rows, columns = indices // grid, indices % grid
+    top, left, h, w = rows.min(), columns.min(), rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+    assert sorted(indices.tolist()) == [r * grid + c for r in range(top, top + h) for c in range(left, left + w)]
+    return top.item(), left.item(), h.item(), w.item()
+
+
+def batches(masks, number=10, batch_size=128, grid=14, **options):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(number):
+        context, targets = masks(batch_size, grid, generator, **options)
+        assert context.dtype == targets.dtype == torch.int64
+        for c, t in zip(context, targets):
+            assert len(set(c.tolist())) == len(c) and 0 <= c.min() and c.max() < grid**2
+            assert not set(c.tolist()) & set(t.flatten().tolist())
+        yield context, targets
+
+
+def test_multiblock_masks():
+    """1,280 images: full rectangles in the published ranges, one size per batch, a place per block."""
+    shares, sizes = [], set()
+    for context, targets in batches(ijepa.multiblock_masks):
+        assert targets.shape[:2] == (128, 4)
+        blocks = [rectangle(block, 14) for image in targets for block in image]
+        (h, w), = {block[2:] for block in blocks}
+        assert 0.15 <= h * w / 196 <= 0.2 and 0.75 <= h / w <= 1.5
+        assert {block[0] for block in blocks} == set(range(14 - h + 1)) and {block[1] for block in blocks} == set(range(14 - w + 1))
+        assert len({tuple(image[:, 0].tolist()) for image in targets}) > 120
+        sizes.add((h, w))
+        shares.append(context.shape[1] / 196)
+        assert (context.diff(dim=1) > 0).all()
+    assert len(sizes) > 2
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.03)
+
+
+def test_context_is_what_the_targets_leave_of_a_square():
+    """With one image per batch nothing is cut: square minus blocks, exactly."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        context, targets = ijepa.multiblock_masks(1, 14, generator)
+        hidden = set(targets.flatten().tolist())
+        squares = [{r * 14 + c for r in range(top, top + 13) for c in range(left, left + 13)} for top in (0, 1) for left in (0, 1)]
+        assert set(context[0].tolist()) in [square - hidden for square in squares]
+
+
+def test_rasterized_masks():
+    for context, targets in batches(ijepa.rasterized_masks):
+        assert context.shape == (128, 49) and targets.shape == (128, 3, 49)
+        corners = {(0, 0, 7, 7), (0, 7, 7, 7), (7, 0, 7, 7), (7, 7, 7, 7)}
+        for c, t in zip(context, targets):
+            assert {rectangle(block, 14) for block in (c, *t)} == corners
+        assert len({rectangle(c, 14) for c in context}) == 4
+
+
+def test_block_masks():
+    shares = []
+    for context, targets in batches(ijepa.block_masks):
+        (h, w), = {rectangle(block, 14)[2:] for image in targets for block in image}
+        assert targets.shape[1] == 1 and 0.55 <= h * w / 196 <= 0.65 and 0.75 <= h / w <= 1.5
+        shares.append(context.shape[1] / 196)
+        assert context.shape[1] == 196 - h * w
+    assert sum(shares) / len(shares) == pytest.approx(0.4, abs=0.03)
+
+
+def test_random_masks():
+    counts = torch.zeros(196)
+    for context, targets in batches(ijepa.random_masks):
+        assert targets.shape == (128, 1, 118) and context.shape == (128, 78)
+        counts += torch.bincount(targets.flatten(), minlength=196)
+    assert (counts / 1280 - 118 / 196).abs().max() < 0.07                # five standard deviations
+
+
+# ---- a slow reference: one image, one block, one head, one token at a time ----
+
+
+def layer_norm(x, weight, bias, eps):
+    mean = sum(x) / len(x)
+    var = sum((value - mean) ** 2 for value in x) / len(x)
+    return (x - mean) / torch.sqrt(var + eps) * weight + bias
+
+
+def reference_transformer(state, prefix, tokens, heads, depth):
+    """tokens [n, D] -> [n, D], from the definition of a pre-norm transformer, weights by name."""
+    w = lambda name: state[f"{prefix}.{name}"]
+    norm = lambda x, name: torch.stack([layer_norm(token, w(f"{name}.weight"), w(f"{name}.bias"), 1e-6) for token in x])
+    n, D = tokens.shape
+    d = D // heads
+    for k in range(depth):
+        x = norm(tokens, f"blocks.{k}.norm1")
+        qkv = x @ w(f"blocks.{k}.qkv.weight").T + w(f"blocks.{k}.qkv.bias")
+        out = torch.zeros(n, D, dtype=tokens.dtype)
+        for h in range(heads):
+            q, key, v = (qkv[:, part * D + h * d:part * D + (h + 1) * d] for part in range(3))
+            for i in range(n):
+                weights = torch.tensor([math.exp(q[i] @ key[j] / math.sqrt(d)) for j in range(n)], dtype=tokens.dtype)
+                out[i, h * d:(h + 1) * d] = (weights / weights.sum()) @ v
+        tokens = tokens + out @ w(f"blocks.{k}.proj.weight").T + w(f"blocks.{k}.proj.bias")
+        x = norm(tokens, f"blocks.{k}.norm2") @ w(f"blocks.{k}.fc1.weight").T + w(f"blocks.{k}.fc1.bias")
+        x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        tokens = tokens + x @ w(f"blocks.{k}.fc2.weight").T + w(f"blocks.{k}.fc2.bias")
+    return norm(tokens, "norm")
+
+
+def reference_position(patch, grid, width):
+    """sin and cos of the row at width / 4 frequencies, then of the column."""
+    frequencies = [10000 ** (-k / (width // 4)) for k in range(width // 4)]
+    wave = lambda place: [math.sin(place * f) for f in frequencies] + [math.cos(place * f) for f in frequencies]
+    return torch.tensor(wave(patch // grid) + wave(patch % grid), dtype=torch.float64)
+
+
+@torch.no_grad()
+def reference_step(model, args, y, context, targets):
+    """([image][block] predictions [Nt, D], targets [Nt, D])."""
+    state, p, grid = {name: value.double() for name, value in model.state_dict().items()}, args.patch_size, args.image_size // args.patch_size
+    D, depth, heads = common.VITS[args.vit]
+    def encode(image, which, name):
+        tokens = []
+        for j in which:
+            r, c = j // grid * p, j % grid * p
+            tokens.append(state[f"{name}.embed.weight"] @ image[:, r:r + p, c:c + p].flatten() + state[f"{name}.embed.bias"]
+                          + reference_position(j, grid, D))
+        return reference_transformer(state, name, torch.stack(tokens), heads, depth)
+    result = []
+    for image, c, blocks in zip(y, context.tolist(), targets.tolist()):
+        s_y = encode(image, range(grid**2), "target_encoder")
+        s_y = torch.stack([layer_norm(token, 1, 0, 1e-5) for token in s_y])
+        s_x = encode(image, c, "context_encoder")
+        result.append([])
+        for block in blocks:
+            width = args.predictor_width
+            tokens = [state["predictor.embed.weight"] @ s + state["predictor.embed.bias"] + reference_position(j, grid, width) for s, j in zip(s_x, c)]
+            tokens += [state["predictor.mask_token"] + reference_position(j, grid, width) for j in block]
+            out = reference_transformer(state, "predictor", torch.stack(tokens), heads, args.predictor_depth)[len(c):]
+            result[-1].append((out @ state["predictor.project.weight"].T + state["predictor.project.bias"], s_y[block]))
+    return result
+
+
+@pytest.fixture
+def step():
+    """A small model in float64 with an encoder moved away from its target, images and masks."""
+    args = ijepa.arguments(SMALL + ["--image-size", "24"])
+    torch.manual_seed(0)
+    model = ijepa.JEPA(args).double()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for module in model.modules():             # sin-cos tables in full precision
+        if hasattr(module, "position"):
+            module.position = torch.stack([reference_position(j, 6, module.position.shape[1]) for j in range(36)])
+    y = torch.randn(3, 3, 24, 24, dtype=torch.float64)
+    return model, args, y, *ijepa.multiblock_masks(3, 6, torch.Generator().manual_seed(1))
+
+
+def test_predictions_and_loss_equal_a_loop_over_images_and_blocks(step):
+    model, args, y, context, targets = step
+    s_hat, s_y = model(y, context, targets)
+    s = common.take(s_y, targets)
+    smooth, squared, count = 0.0, 0.0, 0
+    for b, blocks in enumerate(reference_step(*step)):
+        for m, (prediction, target) in enumerate(blocks):
+            assert (s_hat[b, m] - prediction).abs().max() < 1e-9
+            assert (s[b, m] - target).abs().max() < 1e-9
+            for e in (prediction - target).flatten().tolist():
+                smooth += 0.5 * e * e if abs(e) < 1 else abs(e) - 0.5
+                squared, count = squared + e * e, count + 1
+    assert ijepa.prediction_loss(s_hat, s).item() == pytest.approx(smooth / count, abs=1e-9)
+    assert ijepa.prediction_loss(s_hat, s, "l2").item() == pytest.approx(squared / (3 * 4), rel=1e-12)
+
+
+def test_pixels_inside_a_target_reach_the_target_and_not_the_prediction(step):
+    model, args, y, context, targets = step
+    j = targets[0, 2, 0].item()
+    changed = y.clone()
+    changed[0, :, j // 6 * 4 + 1, j % 6 * 4 + 2] += 1
+    (s_hat, s_y), (s_hat_2, s_y_2) = model(y, context, targets), model(changed, context, targets)
+    assert torch.equal(s_hat, s_hat_2)
+    assert (s_y - s_y_2)[0, j].abs().max() > 1e-3 and torch.equal(s_y[1:], s_y_2[1:])
+
+
+def test_gradients_reach_context_encoder_and_predictor_alone(step):
+    model, args, y, context, targets = step
+    s_hat, s_y = model(y, context, targets)
+    ijepa.prediction_loss(s_hat, common.take(s_y, targets)).backward()
+    assert not s_y.requires_grad
+    assert all(p.grad is None and not p.requires_grad for p in model.target_encoder.parameters())
+    for part in (model.context_encoder, model.predictor):
+        assert all(p.grad.abs().sum() > 0 for name, p in part.named_parameters())
+
+
+def test_target_is_the_explicit_sum_of_the_ema(step):
+    """theta_k = prod m_i theta_0 + sum_i (1 - m_i) prod_{j > i} m_j c_i, m from 0.9 to 1."""
+    model, args, *_ = step
+    args.ema, k = 0.9, 7
+    m = [0.9 + 0.1 * i / (k - 1) for i in range(k)]
+    contexts, start = [], model.target_encoder.embed.weight.clone()
+    for i in range(k):
+        weight = model.context_encoder.embed.weight
+        weight.data += torch.randn_like(weight)
+        contexts.append(weight.detach().clone())
+        ijepa.update_target(model, args, i / (k - 1))
+    expected = math.prod(m) * start + sum((1 - m[i]) * math.prod(m[i + 1:]) * c for i, c in enumerate(contexts))
+    assert (model.target_encoder.embed.weight - expected).abs().max() < 1e-12
+    args.ema = 0.0
+    ijepa.update_target(model, args, 0.5)
+    for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True):
+        assert torch.equal(target, context)
+
+
+def test_pixel_targets_are_normalised_patches():
+    args = ijepa.arguments(SMALL + ["--target", "pixels"])
+    torch.manual_seed(0)
+    y = torch.randn(2, 3, 32, 32)
+    s_hat, s_y = ijepa.JEPA(args)(y, *ijepa.multiblock_masks(2, 8))
+    assert s_hat.shape[-1] == 48
+    patch = y[1, :, 8:12, 20:24].flatten()                               # row 2, column 5
+    assert torch.allclose(s_y[1, 2 * 8 + 5], (patch - patch.mean()) / patch.std(correction=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("size, reference, patch", [("base", "vit_b_16", 16), ("large", "vit_l_16", 16), ("huge", "vit_h_14", 14)])
+def test_encoder_sizes_are_the_published_ones(size, reference, patch):
+    """torchvision's ViT less its class token, learned positions and classifier; 85,646,592 for ViT-B/16."""
+    with torch.device("meta"):
+        ours, theirs = common.ViT(size, 224, patch), getattr(torchvision.models, reference)()
+    extra = theirs.class_token.numel() + theirs.encoder.pos_embedding.numel() + common.count_parameters(theirs.heads)
+    assert common.count_parameters(ours) == common.count_parameters(theirs) - extra
+    assert size != "base" or common.count_parameters(ours) == 85_646_592
+
+
+def test_features_of_all_patches_equal_those_of_their_index_set():
+    torch.manual_seed(0)
+    encoder, x = common.ViT("micro", 32, 4).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder(x), encoder(x, torch.arange(64).expand(2, -1)))
+    order = torch.stack([torch.randperm(64), torch.randperm(64)])
+    assert torch.allclose(common.take(encoder(x), order), encoder(x, order), atol=1e-5)
+
+
+def test_attention_paths_agree(monkeypatch):
+    q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
+    assert torch.allclose(common.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
+
+
+# ---- whole runs ----
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(tiny_run):
+    whole, stopped = tiny_run("ijepa", "--epochs", "3"), tiny_run("ijepa", "--epochs", "3", stop_after=2)
+    tiny_run("ijepa", "--epochs", "3", "--resume", out=stopped)
+    one, other = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, stopped))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert any(not torch.equal(one["model"][name], one["model"][name.replace("target", "context")]) for name in one["model"] if "target_" in name)
+    rows, again = ([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, stopped))
+    for a, b in zip(rows, again, strict=True):
+        assert {name: a[name] for name in ("loss", "lr", "effective_rank", "feature_std")} == {name: b[name] for name in ("loss", "lr", "effective_rank", "feature_std")}
+    assert set(rows[-1]["knn"]) == {"target", "context"} and set(rows[-1]["effective_rank"]) == {"target", "prediction"}
+    scores = json.loads((whole / "eval.json").read_text())
+    assert set(scores["levels"]) == {"target", "context"}
+    assert set(scores["baselines"]) == {"untrained target", "untrained context", "raw pixels"}
+
+
+def test_schedules():
+    """Learning rate and weight decay over the real number of steps; the published values by --recipe paper."""
+    assert [common.weight_decay(step, 11, 0.04, 0.4) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
+    assert common.weight_decay(3, 11, 0.1, 0.1) == pytest.approx(0.1)
+    args = ijepa.arguments(["--recipe", "paper", "--epochs", "300"])
+    assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema) == (1e-3, 0.04, 0.4, 0.996)
+    assert (args.epochs, args.batch_size, args.vit, args.patch_size, args.image_size) == (300, 2048, "base", 16, 224)
+    assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and args.crop_min == 0.3
