@@ -1,4 +1,5 @@
 """Bad input to any script: exit code 2, one line that names what is wrong, nothing written."""
+import importlib
 import pickle
 import shutil
 import subprocess
@@ -11,8 +12,6 @@ import torch
 from PIL import Image
 
 import common
-import eval_linear
-import sjea
 import vicreg
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +117,36 @@ BAD = [  # script, flags, words of the line
     ("sjea", "--resume", "--resume checkpoint.pt"),
     ("sjea", "--resume --out {checkpoints}", "checkpoint.pt vicreg.py sjea.py"),
     ("sjea", "--out {checkpoints}", "--out --resume"),
+    ("ijepa", "--patch-size 5", "--patch-size 5 32"),
+    ("ijepa", "--patch-size 0", "--patch-size 0"),
+    ("ijepa", "--patch-size 8", "--target-scale 4 --patch-size"),
+    ("ijepa", "--image-size 12", "--target-scale 3"),
+    ("ijepa", "--target-scale 0.2 0.15", "--target-scale"),
+    ("ijepa", "--target-scale 0.2", "--target-scale 2"),
+    ("ijepa", "--target-scale 0.2 2", "--target-scale 2"),
+    ("ijepa", "--context-scale 0.8 0.85", "--context-scale 8"),
+    ("ijepa", "--num-targets 6", "--num-targets 6"),
+    ("ijepa", "--num-targets 0", "--num-targets 0"),
+    ("ijepa", "--masking stripes", "--masking stripes rasterized"),
+    ("ijepa", "--masking rasterized --image-size 36", "--masking 9"),
+    ("ijepa", "--masking block --patch-size 16", "--masking 2"),
+    ("ijepa", "--target edges", "--target edges pixels"),
+    ("ijepa", "--loss l1", "--loss l1 l2"),
+    ("ijepa", "--ema 1.1", "--ema 1.1"),
+    ("ijepa", "--ema -0.1", "--ema -0.1"),
+    ("ijepa", "--vit nano", "--vit nano micro"),
+    ("ijepa", "--predictor-width 62", "--predictor-width 62 4"),
+    ("ijepa", "--predictor-width 256", "--predictor-width 256 128"),
+    ("ijepa", "--vit tiny --predictor-width 64", "--predictor-width 64 3"),
+    ("ijepa", "--predictor-depth 0", "--predictor-depth 0"),
+    ("ijepa", "--recipe large", "--recipe large paper"),
+    ("ijepa", "--beta-vicreg 0.1", "--beta-vicreg"),
+    ("cjepa", "--beta-vicreg -1", "--beta-vicreg -1"),
+    ("cjepa", "--beta-cov x", "--beta-cov x"),
+    ("cjepa", "--views images", "--views images blocks"),
+    ("cjepa", "--masking random", "--views target"),
+    ("cjepa", "--num-targets 1", "--views target"),
+    ("cjepa", "--resume --out {checkpoints}", "checkpoint.pt vicreg.py cjepa.py"),
     ("eval_linear", "", "checkpoint"),
     ("eval_linear", "{made}/nothing.pt", "nothing.pt"),
     ("eval_linear", "{made}", "bad"),
@@ -145,7 +174,7 @@ def test_bad_input(script, flags, words, made, checkpoints, tmp_path, monkeypatc
     before = snapshot(made, checkpoints)
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        common.command_line({"vicreg": vicreg, "sjea": sjea, "eval_linear": eval_linear}[script].main)
+        common.command_line(importlib.import_module(script).main)
     error = capfd.readouterr().err.split("\r")[-1].strip()
     assert stop.value.code == 2
     assert len(error.splitlines()) == 1 and error.startswith(f"{script}.py: ")

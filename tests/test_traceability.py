@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 METHODS = [name for name in ("vicreg.py", "sjea.py", "ijepa.py", "cjepa.py") if (ROOT / name).exists()]
 OWN = {"training_step", "arguments", "main"}   # every script has its own
-TAG = re.compile(r"(?:VICReg|S-JEA|I-JEPA|C-JEPA) (?:Eq\. \(\d\)|Algorithm \d|Table \d)")
+TAG = re.compile(r"(?:VICReg|S-JEA|I-JEPA|C-JEPA) (?:Eq\. \(\d\)|Algorithm \d|Table \d|masks|loss|predictor|EMA)")
 
 
 def functions(path):
@@ -54,8 +54,11 @@ def test_functions_of_one_name_are_equal_to_the_letter(one, other):
     a, b = functions(ROOT / one), functions(ROOT / other)
     for name in (a.keys() & b.keys()) - OWN:
         assert a[name] == b[name], f"{name} differs between {one} and {other}"
-    if (one, other) == ("vicreg.py", "sjea.py"):
-        assert {"invariance", "variance", "covariance", "vicreg_loss", "projector", "transformations"} <= a.keys() & b.keys()
+    shared = {"vicreg.py sjea.py": {"invariance", "variance", "covariance", "vicreg_loss", "projector", "transformations"},
+              "vicreg.py cjepa.py": {"invariance", "variance", "covariance", "vicreg_loss"}}
+    assert shared.get(f"{one} {other}", set()) <= a.keys() & b.keys()
+    if (one, other) == ("ijepa.py", "cjepa.py"):
+        assert a.keys() - OWN <= b.keys()
 
 
 def test_readme_map_and_tags_agree():
@@ -82,5 +85,5 @@ def test_help_shows_every_flag_with_a_line(script):
                           env={"COLUMNS": "200", "PATH": ""}).stdout
     for flag in re.findall(r'add\("(--[\w-]+)"', (ROOT / script).read_text() + (ROOT / "common.py").read_text() * (script in METHODS)):
         assert re.search(rf"^  {flag} .*\w", text, re.M), flag
-    symbols = {"vicreg.py": ("lambda:", "mu:", "nu:"), "sjea.py": ("lambda:", "Table 3")}
+    symbols = {"vicreg.py": ("lambda:", "mu:", "nu:"), "sjea.py": ("lambda:", "Table 3"), "ijepa.py": ("M:", "D:", "m:"), "cjepa.py": ("M:", "m:")}
     assert all(symbol in text for symbol in symbols.get(script, ()))
