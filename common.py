@@ -26,9 +26,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------
 
 class Unusable(ValueError):
     """The command line, the data or a checkpoint cannot be used: one line, exit code 2."""
@@ -110,9 +108,12 @@ def parse(parser, argv=None):
     args.out = args.out or f"runs/{args.method}-{args.dataset}"
     if args.warmup_epochs > args.epochs:
         raise Unusable(f"argument --warmup-epochs: {args.warmup_epochs} is more than the {args.epochs} epochs of the run")
-    existing = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise Unusable(f"argument --out: {existing} is a file, not a folder")
+    try:
+        existing = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
+    except OSError as error:
+        raise Unusable(f"argument --out: {error}") from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise Unusable(f"argument --out: {existing} is not a folder that can be written to")
     if not args.resume and (Path(args.out) / "checkpoint.pt").exists():
         raise Unusable(f"argument --out: {args.out} already holds a run; --resume goes on with it, another --out starts afresh")
     return args
@@ -147,9 +148,7 @@ def command_line(main):
         sys.exit(1)
 
 
-# ---------------------------------------------------------------------------------------------
-# Datasets
-# ---------------------------------------------------------------------------------------------
+# ---- Datasets --------------------------------------------------------------------------------
 
 DATASETS = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 224}  # image sizes
 
@@ -166,7 +165,7 @@ class Dataset:
 def load_dataset(args):
     """The dataset that args name, resized to args.image_size, on args.device.
 
-    Raises Unusable where the data is missing, empty or unreadable, or smaller than one batch.
+    Raises Unusable where the data is missing, empty or unreadable.
     """
     load = {"shapes": load_shapes, "stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)
     data = load(args)
@@ -177,8 +176,6 @@ def load_dataset(args):
         images = train_images if data.images is data.train_images else data.images
         data = Dataset(images, train_images, split(data.train_labels, ~held),
                        data.train_images[held], split(data.train_labels, held))
-    if args.batch_size > len(data.images):
-        raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
     shared = data.images is data.train_images
     data.train_images, data.test_images = data.train_images.to(args.device), data.test_images.to(args.device)
     data.images = data.train_images if shared else data.images.to(args.device)
@@ -195,9 +192,13 @@ def resize(images, size):
 
 def torchvision_dataset(name, args, **options):
     """One of torchvision's datasets from args.data_dir, downloaded where it is not there yet."""
+    root = Path(args.data_dir)
+    new = not root.exists()
     try:
-        return getattr(torchvision.datasets, name)(args.data_dir, download=True, **options)
+        return getattr(torchvision.datasets, name)(root, download=True, **options)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
+        if new and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
         raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}, and no download: {error}") from error
 
 
@@ -234,7 +235,7 @@ def load_folder(args):
             raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*")
     try:
         train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", test))
-    except FileNotFoundError as error:         # no class folder, or one without images
+    except OSError as error:                   # no class folder, or one without images, or no permission
         raise Unusable(f"argument --data-dir: {error}") from error
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))[0]
@@ -368,9 +369,7 @@ def load_shapes(args):
     return Dataset(images, images, labels, test_images, test_labels)
 
 
-# ---------------------------------------------------------------------------------------------
-# Augmentations: one batch at a time, every image with its own draw
-# ---------------------------------------------------------------------------------------------
+# ---- Augmentations: one batch at a time, every image with its own draw -----------------------
 
 @dataclass(frozen=True)
 class View:
@@ -394,13 +393,14 @@ def draw_view(view, n, height, width, generator):
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
     happens = lambda p: torch.rand(n, generator=generator, device=device) < p
 
-    # Crop as RandomResizedCrop draws it: area and log aspect ratio, at most ten attempts to fit.
+    # Crop as RandomResizedCrop draws it: area and log aspect ratio, the first of ten attempts that fits, else the largest crop.
     area = height * width * uniform(*view.crop_scale, 10)                                   # [n, 10]
     ratio = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3), 10))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.float().argmax(1, keepdim=True)                                            # first attempt that fits
-    w, h = w.gather(1, first)[:, 0].clamp(1, width), h.gather(1, first)[:, 0].clamp(1, height)
+    w, h = (torch.where(fits.any(1), side.gather(1, first)[:, 0], largest)
+            for side, largest in ((w, min(width, round(height * 4 / 3))), (h, min(height, round(width * 4 / 3)))))
     top, left = (uniform(0, 1) * (height - h + 1)).floor(), (uniform(0, 1) * (width - w + 1)).floor()
 
     jitter, (b, c, s, hue) = happens(view.p_jitter), view.jitter
@@ -487,11 +487,12 @@ def apply_view(images, p, size):
 
 
 def augment(images, view, size, generator):
-    """One view [n, 3, size, size], normalised float32, of images [n, 3, H, W] uint8."""
+    """One view [n, 3, size, size], normalised float32 whatever the autocast, of images [n, 3, H, W] uint8."""
     ## On a CPU, parts that fit its caches take a sixth of the time that the whole batch takes at once.
     part = max(1, 2**17 // size**2) if images.device.type == "cpu" else len(images)
-    return torch.cat([normalise(apply_view(x, draw_view(view, *x[:, 0].shape, generator), size))
-                      for x in images.split(part)])
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.cat([normalise(apply_view(x, draw_view(view, *x[:, 0].shape, generator), size))
+                          for x in images.split(part)])
 
 
 def normalise(x):
@@ -501,9 +502,7 @@ def normalise(x):
     return (x - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------
-# Encoder
-# ---------------------------------------------------------------------------------------------
+# ---- Encoder ---------------------------------------------------------------------------------
 
 class ResNet(nn.Module):
     """torchvision's residual blocks without the classifier, with a choice of stem and width.
@@ -630,9 +629,7 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-# ---------------------------------------------------------------------------------------------
-# Optimisation
-# ---------------------------------------------------------------------------------------------
+# ---- Optimisation ----------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled, per weight tensor, by ||w|| / ||gradient|| (You et al. 2017).
@@ -680,9 +677,7 @@ def weight_decay(step, steps, start, end):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------
 
 def train(args, model, training_step, data, after_step=None):
     """Train `model` on data.images and leave config, log, checkpoint and curves in args.out.
@@ -692,6 +687,8 @@ def train(args, model, training_step, data, after_step=None):
     where given, follows each update; progress goes from 0 to 1 over the run. All randomness of step t
     comes from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
     """
+    if args.batch_size > len(data.images):
+        raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
     out, device = Path(args.out), args.device
     per_epoch = len(data.images) // args.batch_size
     steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
@@ -701,15 +698,20 @@ def train(args, model, training_step, data, after_step=None):
     first_epoch, history = 0, []
     if args.resume:
         state = load_checkpoint(out / "checkpoint.pt", args.method)
-        for name in state["config"].keys() - {"data_dir", "out", "device", "compile", "eval_every", "resume"}:
-            if state["config"][name] != getattr(args, name):
-                raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name)}, but the run in {out} was started with {state['config'][name]}")
+        for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "resume"}):
+            if state["config"][name] != getattr(args, name, None):
+                raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
         first_epoch, history = state["epoch"], state["history"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            raise Unusable(f"{out / 'checkpoint.pt'}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
     out.mkdir(parents=True, exist_ok=True)
     config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
     write(out / "config.json", json.dumps(config, indent=2).encode())
+    if history:
+        write_log(history, out)                # the run may have been cut off between its checkpoint and its log
     forward = torch.compile(model) if args.compile else model
     generator = torch.Generator(device)
 
@@ -739,6 +741,8 @@ def train(args, model, training_step, data, after_step=None):
                     name = next(name for name, total in reversed(list(zip(terms, sums))) if not torch.isfinite(total))
                     raise RunFailed(f"{name} is not finite at step {step}; {out / 'checkpoint.pt'} keeps the last good epoch. Try a lower --lr.")
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise RunFailed(f"the weights are not finite after epoch {epoch + 1}; {out / 'checkpoint.pt'} keeps the last good epoch. Try a lower --lr.")
         seconds = time.perf_counter() - began
         row = {"epoch": epoch + 1, **{name: value / per_epoch for name, value in zip(terms, sums.tolist())},
                "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
@@ -754,9 +758,7 @@ def train(args, model, training_step, data, after_step=None):
         report(row, args.epochs, history)
         save_checkpoint(out / "checkpoint.pt", {"method": args.method, "config": vars(args), "epoch": epoch + 1, "history": history,
                                                 "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
-        if last or "knn" in row:
-            draw_curves(history, out / "curves.png")
+        write_log(history, out)
 
 
 def report(row, epochs, history):
@@ -770,7 +772,7 @@ def report(row, epochs, history):
     for level, rank in row["effective_rank"].items():
         if rank < 1.5 and not any(past["effective_rank"][level] < 1.5 for past in history[:-1]):
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
-                       "Try a larger variance weight or a lower --lr.", file=sys.stderr)
+                       "Try a lower --lr, a larger variance weight (--mu, --beta-std), a slower target (--ema).", file=sys.stderr)
 
 
 def peak_memory_mb(device):
@@ -782,7 +784,7 @@ def peak_memory_mb(device):
 def effective_rank(z):
     """How many directions embeddings z [n, d] spread over: exp of the entropy of their covariance's spectrum.
 
-    As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance, to which one of size 1 is added:
+    In the log: of one view of the epoch's last batch. As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance, to which one of size 1 is added:
     the constant direction, in units of VICReg's gamma. So it is 1 where all embeddings became one vector,
     however small the noise that is left, and at most min(n, d + 1).
     """
@@ -827,6 +829,12 @@ def load_checkpoint(path, method=None):
     return state
 
 
+def write_log(history, out):
+    """metrics.jsonl and curves.png of all epochs so far."""
+    write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+    draw_curves(history, out / "curves.png")
+
+
 def draw_curves(history, path):
     """The log as five small plots over epochs: loss, its terms, effective rank, spread, k-NN accuracy."""
     epochs = [row["epoch"] for row in history]
@@ -845,15 +853,14 @@ def draw_curves(history, path):
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     axes[1].set_yscale("log")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------
-# Judging a frozen encoder
-# ---------------------------------------------------------------------------------------------
+# ---- Judging a frozen encoder ----------------------------------------------------------------
 
 @torch.no_grad()
 def extract(model, images, args):

@@ -3,7 +3,7 @@
 Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://arxiv.org/abs/2301.08243
 
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
-    python ijepa.py --dataset stl10 --vit small --patch-size 8
+    python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
 An image y becomes N patches. A context encoder sees some of them, a predictor says from these alone what
 a target encoder, which sees the whole image, makes of M blocks of the others:
@@ -17,8 +17,8 @@ a target encoder, which sees the whole image, makes of M blocks of the others:
 Where this script differs from the paper: by default D is smooth-L1, averaged over everything, as in the
 authors' code (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is drawn among
 those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may
-leave them, and never reach its last row and column. Published settings come with --recipe paper;
-the others were measured on images of 32 px.
+leave them, and never reach its last row and column. y is a random crop, nothing else. Published
+settings come with --recipe paper; the defaults were measured on images of 32 px.
 """
 import copy
 
@@ -30,7 +30,26 @@ import common
 import eval_linear
 from common import View, take
 
+# ---- loss -----------------------------------------------------------------------------------
+
+
+def prediction_loss(s_hat, s, kind="smooth_l1"):
+    """L of I-JEPA: predictions s_hat and target features s, both [B, M, Nt, D], -> a scalar >= 0.
+
+    "l2": the paper's, summed over a block's patches and features, averaged over blocks and images.
+    "smooth_l1": the authors' code's, averaged over everything. Half precision is computed in float32.
+    """
+    s_hat, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s_hat, s))
+    if kind == "l2":
+        return (s_hat - s).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
+    ## Quadratic for errors below 1 and linear above. Its value says nothing about the features: it falls
+    ## fastest where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
+    return F.smooth_l1_loss(s_hat, s)
+
+
 # ---- masks ----------------------------------------------------------------------------------
+
+ASPECT = (0.75, 1.5)                           # of a target block, height by width
 
 
 def block_sizes(grid_size, scale, aspect):
@@ -38,7 +57,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes   # the whole grid only where nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # a full side only where nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -53,17 +72,17 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 def indices(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
     ## Images of a batch leave different numbers of patches; a tensor needs one number. This cut, not
-    ## the blocks, brings the context down to a quarter of the image: it depends on the batch size.
+    ## the blocks, brings the context down to a quarter of the image: it depends on the batch size. The
+    ## first ones stay, as in the authors' code, so the lower rows are seldom seen by the context encoder.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
-def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2),
-                     target_aspect=(0.75, 1.5), context_scale=(0.85, 1.0)):
+def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: M blocks to predict, and of one large square whatever they leave.
 
     Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
     """
-    targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, target_aspect), grid_size, generator)  # I-JEPA masks: B_i
+    targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
     ## A context patch inside a target would be an answer in the question.
@@ -83,7 +102,7 @@ def rasterized_masks(batch_size, grid_size, generator=None):
 
 def block_masks(batch_size, grid_size, generator=None):
     """One block of about 0.6 of the image is the target, all the rest the context."""
-    target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), (0.75, 1.5)), grid_size, generator)
+    target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), ASPECT), grid_size, generator)
     return indices(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
 
 
@@ -97,27 +116,9 @@ def draw_masks(args, batch_size, generator):
     """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU: their shapes must be known there."""
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
-        return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale,
-                                context_scale=args.context_scale)
+        return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
     strategies = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}
     return strategies[args.masking](batch_size, grid_size, generator)
-
-
-# ---- loss -----------------------------------------------------------------------------------
-
-
-def prediction_loss(s_hat, s, kind="smooth_l1"):
-    """L of I-JEPA: predictions s_hat and target features s, both [B, M, Nt, D], -> a scalar >= 0.
-
-    "l2": the paper's, summed over a block's patches and features, averaged over blocks and images.
-    "smooth_l1": the authors' code's, averaged over everything. Half precision is computed in float32.
-    """
-    s_hat, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s_hat, s))
-    if kind == "l2":
-        return (s_hat - s).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
-    ## Quadratic for errors below 1 and linear above. Its value says nothing about the features: it falls
-    ## fastest where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
-    return F.smooth_l1_loss(s_hat, s)
 
 
 # ---- model ----------------------------------------------------------------------------------
@@ -161,8 +162,8 @@ class JEPA(nn.Module):
         """Images y [B, 3, H, W] and masks -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
-            ## Without this norm the encoder could make its features, and with them the loss, small.
-            s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]
+            ## The encoder ends in a norm of its own, whose learned scale could shrink the loss: hence this one.
+            s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]; pixels: [B, N, 3 p p]
         s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
 
@@ -178,7 +179,8 @@ def training_step(model, x, args, generator):
     """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
-    context, targets = draw_masks(args, len(x), torch.Generator().manual_seed(generator.initial_seed()))
+    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # not the numbers of the crop
+    context, targets = draw_masks(args, len(x), cpu_generator)
     context, targets = context.to(y.device), targets.to(y.device)                           # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)
@@ -189,7 +191,8 @@ def training_step(model, x, args, generator):
 def update_target(model, args, progress):
     """The EMA, after each step: momentum m goes linearly from args.ema to 1, or stays at 0."""
     ## With m = 0 the target is the context encoder itself: it can follow every step towards a constant,
-    ## for which any prediction is right. Slowness is what I-JEPA has against collapse.
+    ## for which any prediction is right. Slowness is what I-JEPA has against collapse; what is slow depends
+    ## on the number of steps: 0.996 forgets in 250, and was chosen for runs of 400,000.
     m = args.ema + (1 - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -197,32 +200,34 @@ def update_target(model, args, progress):
 
 # ---- arguments ------------------------------------------------------------------------------
 
-PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=40, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, crop_min=0.3, predictor_width=384, predictor_depth=6)
+PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, crop_min=0.3, predictor_depth=6)  # ViT-B/16
 
 
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="defaults of all other flags: measured on small images, or published")
+    add("--recipe", choices=("small", "paper"), default="small", help="defaults: measured on small images, or published for ViT-B/16")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
-    add("--predictor-width", type=number(int, 4), default=64, help="features of the predictor's tokens")
+    add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1), default=3, help="blocks of the predictor")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
     add("--num-targets", type=number(int, 1), default=4, help="M: target blocks of multiblock")
-    add("--target-scale", type=number(float, 0, 1), nargs=2, default=[0.15, 0.2], help="share of the image in a target block")
-    add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="share of the image in the context square")
-    add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches themselves")
+    add("--target-scale", type=number(float, 0, 1), nargs=2, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
+    add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
+    add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.996, help="m: the target's momentum at the start, 1 at the end; 0: no EMA")
     add("--crop-min", type=number(float, 0.01, 1), default=0.3, help="smallest crop, as a share of the image")
-    add("--weight-decay-end", type=number(float, 0), default=0.4, help="weight decay after the last step, by a cosine")
+    add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
     common.add_common_arguments(parser, method="ijepa", epochs=10, batch_size=128, lr=1e-3, weight_decay=0.04,
                                 warmup_epochs=1, eval_every=2, optimizer="adamw")
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)
+    args.predictor_width = args.predictor_width or min(384, common.VITS[args.vit][0] // 2)
+    args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     check_grid(args)
     return args
 
@@ -231,22 +236,21 @@ def check_grid(args):
     """Raises Unusable where the image has no such grid of patches, or the grid no such blocks."""
     if args.image_size % args.patch_size:
         raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
-    heads, grid_size = common.VITS[args.vit][2], args.image_size // args.patch_size
-    if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > common.VITS[args.vit][0]:
-        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads, "
-                              f"and at most the encoder's {common.VITS[args.vit][0]}")
-    wanted = {"multiblock": [("--target-scale", args.target_scale, (0.75, 1.5)), ("--context-scale", args.context_scale, (1, 1))],
-              "block": [("--masking block", (0.55, 0.65), (0.75, 1.5))]}.get(args.masking, [])
-    for flag, scale, aspect in wanted:
+    (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size
+    if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > width:
+        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads up to {width}, the encoder's width")
+    if grid_size < 2 or args.masking == "rasterized" and grid_size % 2:
+        raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
+    wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},
+              "block": {"--masking block": ((0.55, 0.65), ASPECT)}}.get(args.masking, {})
+    area = {}
+    for flag, (scale, aspect) in wanted.items():
         if not block_sizes(grid_size, scale, aspect):
-            raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} "
-                                  f"of them and an aspect ratio in {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")
-    if args.masking == "rasterized" and grid_size % 2:
-        raise common.Unusable(f"argument --masking: rasterized needs an even number of patches on a side, not {grid_size}")
-    if args.masking == "multiblock":
-        area = lambda scale, aspect: [h * w for h, w in block_sizes(grid_size, scale, aspect)]
-        if args.num_targets * max(area(args.target_scale, (0.75, 1.5))) >= min(area(args.context_scale, (1, 1))):
-            raise common.Unusable(f"argument --num-targets: {args.num_targets} blocks of --target-scale {args.target_scale[1]} can cover the whole context")
+            raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} of them "
+                                  f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")
+        area[flag] = [h * w for h, w in block_sizes(grid_size, scale, aspect)]
+    if args.masking == "multiblock" and args.num_targets * max(area["--target-scale"]) >= min(area["--context-scale"]):
+        raise common.Unusable(f"argument --num-targets: {args.num_targets} blocks of --target-scale {args.target_scale[1]} can cover the whole context")
 
 
 # ---- main -----------------------------------------------------------------------------------
@@ -258,7 +262,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = JEPA(args)
     common.train(args, model, training_step, data, update_target)
-    eval_linear.main([f"{args.out}/checkpoint.pt"])
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device])
 
 
 if __name__ == "__main__":

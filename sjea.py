@@ -35,7 +35,7 @@ def invariance(z1, z2):
 
     z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
-    ## Alone, this term is minimised by sending every image to one point: run with --mu 0 --nu 0.
+    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
     return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
 
 
@@ -56,7 +56,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Try --nu 0 and watch effective_rank.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -198,7 +198,7 @@ def main(argv=None):
         print(f"stack {stack}: {f_million + h_million:.2f} M parameters (encoder {f_million:.2f}, projector {h_million:.2f})")
     print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
     common.train(args, model, training_step, data)
-    eval_linear.main([f"{args.out}/checkpoint.pt"])
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device])
 
 
 if __name__ == "__main__":

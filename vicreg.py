@@ -18,7 +18,8 @@ Two random views x_1, x_2 of every image go through one encoder f and one projec
 
 Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's letter,
 because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, and the
-variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve.
+variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve. The default
+settings suit minutes on two CPU cores: width 16 (so [n, 128] above), AdamW, S-JEA's augmentation. The paper's are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def invariance(z1, z2):
 
     z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
-    ## Alone, this term is minimised by sending every image to one point: run with --mu 0 --nu 0.
+    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
     return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
 
 
@@ -57,7 +58,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Try --nu 0 and watch effective_rank.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -167,7 +168,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = VICReg(args)
     common.train(args, model, training_step, data)
-    eval_linear.main([f"{args.out}/checkpoint.pt"])
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device])
 
 
 if __name__ == "__main__":

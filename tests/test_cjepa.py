@@ -48,7 +48,7 @@ def test_the_loss_is_ijepas_and_the_weighted_terms(views, shapes_64):
     if views == "blocks":
         pairs = [(s_hat[:, i].mean(1), s_hat[:, j].mean(1)) for i in range(4) for j in range(4) if i < j]
     else:
-        pairs = [(s_hat.mean((1, 2)), s_y.mean(1))]
+        pairs = [(s_hat.mean((1, 2)), s.mean((1, 2)))]
     mean = lambda values: sum(values) / len(values)
     sim = mean([((a - b) ** 2).mean() for a, b in pairs])
     std = mean([(vicreg.variance(a) + vicreg.variance(b)) / 2 for a, b in pairs])

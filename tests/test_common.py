@@ -226,6 +226,19 @@ def test_crops_lie_inside_the_image(height, width, scale):
         assert (start == 0).any() and (start + length == size).any()
 
 
+def test_a_crop_that_never_fits_is_the_whole_image():
+    """As torchvision falls back; at scale 1 only an aspect ratio of about 1 fits."""
+    p = common.draw_view(common.View((1.0, 1.0)), 1000, 32, 32, torch.Generator().manual_seed(0))
+    assert (p["height"] == 32).all() and (p["width"] == 32).all() and (p["top"] == 0).all() and (p["left"] == 0).all()
+
+
+def test_autocast_does_not_round_the_views():
+    images, _ = common.make_shapes(16, 32, 1)
+    exact = common.augment(images, common.View(), 32, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(common.augment(images, common.View(), 32, torch.Generator().manual_seed(0)), exact)
+
+
 def test_colour_operations_come_in_every_order():
     counts = {order: 0 for order in itertools.permutations(range(4))}
     g = generator()

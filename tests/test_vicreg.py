@@ -140,9 +140,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, monkeypatch):
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
+def test_weights_that_are_not_finite_do_not_reach_the_checkpoint(tiny_run, monkeypatch):
+    """The loss of an epoch is finite, its last update is not."""
+    out = tiny_run("vicreg", "--epochs", "2", stop_after=1)
+    before, learning_rate = (out / "checkpoint.pt").read_bytes(), common.learning_rate
+    monkeypatch.setattr(common, "learning_rate", lambda step, *rest: math.inf if step == 7 else learning_rate(step, *rest))
+    with pytest.raises(common.RunFailed, match="weights are not finite after epoch 2"):
+        tiny_run("vicreg", "--epochs", "2", "--resume", out=out)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_mends_a_log_that_is_behind_its_checkpoint(tiny_run):
+    out = tiny_run("vicreg", "--epochs", "2")
+    whole = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(whole.splitlines(True)[0])
+    tiny_run("vicreg", "--epochs", "2", "--resume", out=out)
+    assert (out / "metrics.jsonl").read_text() == whole
+
+
 def test_resume_refuses_other_settings(tiny_run):
     out = tiny_run("vicreg", "--epochs", "1")
     with pytest.raises(common.Unusable, match="--lambda: 3.0, but the run .* was started with 25.0"):
         tiny_run("vicreg", "--epochs", "1", "--resume", "--lambda", "3", out=out)
     with pytest.raises(common.Unusable, match="already holds a run"):
         tiny_run("vicreg", "--epochs", "1", out=out)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["model"]["f.stem.0.weight"]
+    torch.save(state, out / "checkpoint.pt")
+    with pytest.raises(common.Unusable, match="its weights are not those of this model"):
+        tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
