@@ -507,28 +507,32 @@ def normalise(x):
 class ResNet(nn.Module):
     """torchvision's residual blocks without the classifier, with a choice of stem and width.
 
-    Up to 64 px, and on the map of an earlier encoder, the stem is one 3x3 convolution; larger images
-    get the standard 7x7 with stride 2 and max-pooling. The last BN of each block starts at zero.
+    Up to a size of 64, and so on the map of an earlier encoder, the stem is one 3x3 convolution; larger
+    images get the standard 7x7 with stride 2 and max-pooling. The last BN of each block starts at zero.
     """
 
-    def __init__(self, arch, image_size, in_channels=3, width=64):
+    def __init__(self, arch, size, in_channels=3, width=64):
         super().__init__()
         block, depths = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3))}[arch]
-        if image_size <= 64:
+        if size <= 64:
             stem = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
         else:
             stem = [nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width),
                     nn.ReLU(True), nn.MaxPool2d(3, stride=2, padding=1)]
+            size = math.ceil(size / 4)
         self.stem, blocks, channels = nn.Sequential(*stem), [], width
         for i, depth in enumerate(depths):
             for j in range(depth):
-                planes, stride, shortcut = width * 2**i, 2 if i > 0 and j == 0 else 1, None
+                # Not on a map of one cell: there a stride changes nothing, but torch 2.15's bf16 kernels
+                # leave the gradient of the taps that see only padding uninitialised.
+                planes, stride, shortcut = width * 2**i, 2 if i > 0 and j == 0 and size > 1 else 1, None
+                size = math.ceil(size / stride)
                 if stride > 1 or channels != planes * block.expansion:
                     shortcut = nn.Sequential(nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
                                              nn.BatchNorm2d(planes * block.expansion))
                 blocks.append(block(channels, planes, stride, shortcut, base_width=64))
                 channels = planes * block.expansion
-        self.blocks, self.channels = nn.Sequential(*blocks), channels
+        self.blocks, self.channels, self.map_size = nn.Sequential(*blocks), channels, size
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -101,7 +101,7 @@ class SJEA(nn.Module):
         channels, size = 3, args.image_size
         for has_projector in args.projectors:
             self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))
-            channels, size = self.f[-1].channels, 1                       # later stacks read a small map
+            channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
             self.h.append(projector(channels, args.projector) if has_projector == "1" else nn.Identity())
 
     def maps(self, x):

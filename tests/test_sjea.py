@@ -90,6 +90,22 @@ def test_table_2_parameter_counts():
     assert common.count_parameters(sjea.SJEA(sjea.arguments(paper))) / 2e6 == pytest.approx(11.6, abs=0.05)
 
 
+def test_taps_that_see_only_padding_get_no_gradient(shapes_64):
+    """On stack 1's maps of 2x2 and 1x1, in bf16: kernels have been seen to leave memory's old content there."""
+    args = sjea.arguments(["--width", "16", "--precision", "bf16", "--device", "cpu"])
+    torch.manual_seed(0)
+    model = sjea.SJEA(args).to(memory_format=torch.channels_last)
+    for step in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _, _ = sjea.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(step))
+        model.zero_grad()
+        loss.backward()
+        for block in model.f[1].blocks[6:]:
+            for conv in (block.conv1, block.conv2):
+                gradient = conv.weight.grad.abs().amax((0, 1))
+                assert gradient[1, 1] > 0 and gradient.flatten().tolist().count(0.0) == 8
+
+
 @pytest.mark.parametrize("size, stack_1_reads", [(32, (512, 4, 4)), (96, (512, 3, 3)), (8, (512, 1, 1))])
 def test_later_stacks_adapt_to_the_map(size, stack_1_reads):
     """CIFAR's and STL-10's maps as the paper gives them, and a map of one cell; three stacks."""
