@@ -4,6 +4,7 @@ import colorsys
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ from scipy import ndimage, spatial, stats
 from torch import nn
 
 import common
+import sjea
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,9 +37,7 @@ def random_images(n, height, width, seed=0):
     return torch.randint(256, (n, 3, height, width), generator=generator(seed), dtype=torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------
-# Augmentations
-# ---------------------------------------------------------------------------------------------
+# ---- Augmentations ---------------------------------------------------------------------------
 
 def parameters(images, **changed):
     """Parameters of draw_view under which nothing happens, with some changed: a list has one value per image."""
@@ -148,9 +148,7 @@ def test_augment_normalises_with_the_statistics_of_imagenet():
     assert_close(common.augment(images, EVERYTHING, 32, generator(3)), expected)
 
 
-# ---------------------------------------------------------------------------------------------
-# The draw
-# ---------------------------------------------------------------------------------------------
+# ---- The draw --------------------------------------------------------------------------------
 
 N = 20_000
 DRAWN = common.View(crop_scale=(0.2, 0.9), p_flip=0.5, p_jitter=0.8, jitter=(0.4, 0.3, 0.2, 0.1), p_grey=0.2, p_blur=0.6, p_solarize=0.1)
@@ -258,9 +256,7 @@ def test_views_differ_and_seeds_repeat():
     assert first["order"] == again["order"]
 
 
-# ---------------------------------------------------------------------------------------------
-# shapes
-# ---------------------------------------------------------------------------------------------
+# ---- shapes ----------------------------------------------------------------------------------
 
 PRINT_DIGEST = """
 import common, hashlib
@@ -396,9 +392,7 @@ def area_and_centre(polygon):
     return abs(cross.sum()) / 2, ((polygon + after) * cross[:, None]).sum(0) / (3 * cross.sum())
 
 
-# ---------------------------------------------------------------------------------------------
-# Datasets
-# ---------------------------------------------------------------------------------------------
+# ---- Datasets --------------------------------------------------------------------------------
 
 def arguments(dataset, folder, image_size, holdout=False):
     return argparse.Namespace(dataset=dataset, data_dir=str(folder), image_size=image_size, holdout=holdout, batch_size=2, device="cpu")
@@ -506,6 +500,20 @@ def test_stl10_trains_on_its_unlabeled_images(stl10, holdout):
     assert data.test_labels["class"].tolist() == ([9] if holdout else [1, 9])
 
 
+def test_sjea_trains_on_stl10_end_to_end(stl10, tmp_path):
+    """The README's command on 96 px: stack 1 reads [B, 512, 3, 3], both stacks are judged."""
+    read, init = [], sjea.SJEA.__init__
+    def watched(self, args):
+        init(self, args)
+        self.f[1].register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sjea.SJEA, "__init__", watched)
+        sjea.main(["--stacks", "2", "--dataset", "stl10", "--data-dir", str(stl10[0]), "--width", "64", "--epochs", "1", "--batch-size", "4",
+                   "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert read[:2] == [(4, 512, 3, 3)] * 2                               # one step, two views
+    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())["levels"]) == {"0", "1"}
+
+
 CORNERS = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)     # red, green / blue, white
 SQUARES = CORNERS.repeat(8, axis=0).repeat(8, axis=1)                                          # [16, 16, 3]
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -574,9 +582,7 @@ def test_holdout_splits_off_a_tenth_of_train(tmp_path):
     assert set(data.test_labels["class"].tolist()) == {0, 1}
 
 
-# ---------------------------------------------------------------------------------------------
-# Encoder
-# ---------------------------------------------------------------------------------------------
+# ---- Encoder ---------------------------------------------------------------------------------
 
 def their_resnet(arch, image_size, in_channels):
     """torchvision's, with every parameter and statistic random; small inputs get the stem of CIFAR's ResNets."""
@@ -591,22 +597,22 @@ def their_resnet(arch, image_size, in_channels):
     return model.eval()
 
 
-@pytest.mark.parametrize("arch, image_size, side, in_channels, map_shape", [
-    ("resnet18", 224, 224, 3, (512, 7, 7)), ("resnet50", 224, 224, 3, (2048, 7, 7)), ("resnet18", 96, 96, 3, (512, 3, 3)),
-    ("resnet18", 32, 32, 3, (512, 4, 4)), ("resnet50", 32, 32, 3, (2048, 4, 4)),
-    ("resnet18", 1, 4, 512, (512, 1, 1)), ("resnet18", 1, 1, 512, (512, 1, 1))])
-def test_resnet_equals_torchvisions(arch, image_size, side, in_channels, map_shape):
-    """The same weights, copied over in order, give the same map: on images, and (image_size 1) on an encoder's map."""
+@pytest.mark.parametrize("arch, size, in_channels, map_shape", [
+    ("resnet18", 224, 3, (512, 7, 7)), ("resnet50", 224, 3, (2048, 7, 7)), ("resnet18", 96, 3, (512, 3, 3)),
+    ("resnet18", 32, 3, (512, 4, 4)), ("resnet50", 32, 3, (2048, 4, 4)), ("resnet18", 20, 3, (512, 3, 3)),
+    ("resnet18", 7, 512, (512, 1, 1)), ("resnet18", 4, 512, (512, 1, 1)), ("resnet50", 3, 512, (2048, 1, 1)), ("resnet18", 1, 512, (512, 1, 1))])
+def test_resnet_equals_torchvisions(arch, size, in_channels, map_shape):
+    """The same weights, copied over in order, give the same map: on images, and on an encoder's map."""
     torch.manual_seed(0)
-    theirs, ours = their_resnet(arch, image_size, in_channels), common.ResNet(arch, image_size, in_channels=in_channels)
+    theirs, ours = their_resnet(arch, size, in_channels), common.ResNet(arch, size, in_channels=in_channels)
     names, values = ours.state_dict().keys(), theirs.state_dict().values()
     assert len(names) == len(values)
     ours.load_state_dict(dict(zip(names, values)))
     ours.eval()
-    x = torch.randn(2, in_channels, side, side)
+    x = torch.randn(2, in_channels, size, size)
     with torch.no_grad():
         y, pooled = ours(x), theirs(x).unflatten(1, map_shape)             # theirs flattens the map: pooling is left out
-    assert y.shape == (2, *map_shape) and ours.channels == map_shape[0]
+    assert y.shape == (2, *map_shape) and (ours.channels, ours.map_size) == map_shape[:2]
     torch.testing.assert_close(y, pooled, rtol=1e-4, atol=1e-5 * pooled.abs().max().item())
     torch.testing.assert_close(common.pool(y), pooled.flatten(2).mean(2), rtol=1e-4, atol=1e-5 * pooled.abs().max().item())
 
@@ -635,9 +641,7 @@ def test_every_block_starts_as_its_shortcut(arch, last):
         x = y.detach()
 
 
-# ---------------------------------------------------------------------------------------------
-# Optimisation
-# ---------------------------------------------------------------------------------------------
+# ---- Optimisation ----------------------------------------------------------------------------
 
 def test_lars_equals_its_definition():
     """Five steps in float64. Weights: g + wd w, times eta ||w|| / ||.||, or 1 where that is 0 or infinite;
@@ -698,9 +702,7 @@ def test_only_weights_are_decayed(name):
         assert (decayed["lars"], others["lars"]) == (True, False)
 
 
-# ---------------------------------------------------------------------------------------------
-# Judging
-# ---------------------------------------------------------------------------------------------
+# ---- Judging ---------------------------------------------------------------------------------
 
 def loop_knn(train, labels, test, test_labels, k, temperature):
     correct = 0
@@ -743,9 +745,7 @@ def test_effective_rank():
     assert common.effective_rank(z.requires_grad_()) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------
 
 def failing(*args, **kwargs):
     raise OSError(28, "No space left on device")
