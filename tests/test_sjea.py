@@ -95,6 +95,8 @@ def test_taps_that_see_only_padding_get_no_gradient(shapes_64):
     args = sjea.arguments(["--width", "16", "--precision", "bf16", "--device", "cpu"])
     torch.manual_seed(0)
     model = sjea.SJEA(args).to(memory_format=torch.channels_last)
+    for block in model.f[1].blocks[6:]:
+        torch.nn.init.ones_(block.bn2.weight)                             # zero at the start, and so would be the gradient
     for step in range(8):
         with torch.autocast("cpu", torch.bfloat16):
             loss, _, _ = sjea.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(step))
