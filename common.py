@@ -788,9 +788,9 @@ def peak_memory_mb(device):
 def effective_rank(z):
     """How many directions embeddings z [n, d] spread over: exp of the entropy of their covariance's spectrum.
 
-    In the log: of one view of the epoch's last batch. As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance, to which one of size 1 is added:
+    As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance, to which one of size 1 is added:
     the constant direction, in units of VICReg's gamma. So it is 1 where all embeddings became one vector,
-    however small the noise that is left, and at most min(n, d + 1).
+    however small the noise that is left, and at most min(n, d + 1). The log has that of the epoch's last batch.
     """
     z = z.detach().float().cpu()
     eigenvalues = torch.linalg.svdvals(z - z.mean(0)).pow(2) / (len(z) - 1)
