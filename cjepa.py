@@ -325,7 +325,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = JEPA(args)
     common.train(args, model, training_step, data, update_target)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device])
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data)
 
 
 if __name__ == "__main__":

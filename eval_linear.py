@@ -100,10 +100,11 @@ def untrained(args):
     return model.to(args.device, memory_format=torch.channels_last).eval()
 
 
-def main(argv=None):
+def main(argv=None, data=None):
+    """Judge the checkpoint that argv names; data: its dataset, where the caller has it loaded already."""
     options = arguments(argv)
     model, args = load(options.checkpoint, options.device, options.data_dir)
-    data = common.load_dataset(args)
+    data = data or common.load_dataset(args)
     labels = options.labels or list(data.train_labels)[:1]
     for label in labels:
         if label not in data.train_labels:
