@@ -12,7 +12,8 @@ I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the lette
 
 with beta_vicreg = 0.001, (beta_sim, beta_std, beta_cov) = (25, 25, 1) and VICReg's s, v, c on means over patches,
 so that collapse is not left to the EMA alone. What we have of the paper leaves open which means of
-which views Z, Z' are. The choice here is ours: @CHOICE@
+which views Z, Z' are. The choice here is ours: the means over patches of the predictions for the M blocks of
+an image, averaged over all pairs of blocks; --views target takes the mean prediction and the mean target.
 The VICReg terms follow vicreg.py's convention: s is also divided by d, and the variance term is halved.
 """
 import copy
@@ -263,7 +264,7 @@ PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="defaults: measured on small images, or published for ViT-B/16")
+    add("--recipe", choices=("small", "paper"), default="small", help="defaults: sized for small images, or published for ViT-B/16")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")

@@ -18,7 +18,7 @@ Where this script differs from the paper: by default D is smooth-L1, averaged ov
 authors' code (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is drawn among
 those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may
 leave them, and never reach its last row and column. y is a random crop, nothing else. Published
-settings come with --recipe paper; the defaults were measured on images of 32 px.
+settings come with --recipe paper; the defaults are sized for images of 32 px and two CPU cores.
 """
 import copy
 
@@ -207,7 +207,7 @@ PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="defaults: measured on small images, or published for ViT-B/16")
+    add("--recipe", choices=("small", "paper"), default="small", help="defaults: sized for small images, or published for ViT-B/16")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
