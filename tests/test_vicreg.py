@@ -65,7 +65,7 @@ def test_terms_stay_in_float32_under_autocast():
 
 def test_a_step_computes_the_loss_of_its_two_views(shapes_64):
     """training_step against the same steps written out with the loops above, in float32."""
-    args = vicreg.arguments(["--width", "4", "--projector", "8-8", "--precision", "fp32", "--mu", "3"])
+    args = vicreg.arguments(["--width", "4", "--projector", "8-8", "--precision", "fp32", "--mu", "3", "--nu", "5"])
     torch.manual_seed(0)
     model = vicreg.VICReg(args)
     loss, terms, embeddings = vicreg.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(5))
@@ -75,7 +75,7 @@ def test_a_step_computes_the_loss_of_its_two_views(shapes_64):
     t_1, t_2 = vicreg.transformations(args)
     z = [model.h(model.f(common.augment(shapes_64.images, t, 32, generator)).mean((2, 3))).detach().double().numpy() for t in (t_1, t_2)]
     expected = (25 * loop_invariance(*z) + 3 * (loop_variance(z[0]) + loop_variance(z[1])) / 2
-                + loop_covariance(z[0]) + loop_covariance(z[1]))
+                + 5 * (loop_covariance(z[0]) + loop_covariance(z[1])))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert embeddings["0"].shape == (64, 8)
 
@@ -95,12 +95,12 @@ def read_log(out):
 
 
 def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
-    out = tiny_run("vicreg", "--epochs", "2")
+    out = tiny_run("vicreg", "--epochs", "2", "--eval-every", "2")
     rows = read_log(out)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert {"loss", "invariance", "variance", "covariance", "lr", "images_per_second", "peak_memory_mb", "effective_rank", "seconds"} <= set(rows[0])
     for row in rows:
-        assert row["loss"] == pytest.approx(25 * row["invariance"] + 25 * row["variance"] + row["covariance"], rel=1e-4)
+        assert row["loss"] == pytest.approx(25 * row["invariance"] + 25 * row["variance"] + 8 * row["covariance"], rel=1e-4)
     assert "knn" not in rows[0] and 0 <= rows[1]["knn"]["0"] <= 1
     assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "eval.json"}
     assert json.loads((out / "config.json").read_text())["seed"] == 0
