@@ -284,7 +284,7 @@ def arguments(argv=None):
     add("--crop-min", type=number(float, 0.01, 1), default=0.3, help="smallest crop, as a share of the image")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
     common.add_common_arguments(parser, method="cjepa", epochs=10, batch_size=128, lr=1e-3, weight_decay=0.04,
-                                warmup_epochs=1, eval_every=2, optimizer="adamw")
+                                warmup_epochs=1, eval_every=2)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)

@@ -3,13 +3,18 @@
 Nothing in this file knows a method. Read a method's script first and look things up here.
 """
 import argparse
+import fcntl
 import json
 import math
 import os
 import resource
+import shlex
+import signal
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +85,7 @@ def add_common_arguments(parser, **defaults):
     add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     add("--data-dir", default="data", help="where the dataset lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024), help="side of a view in pixels (default: the dataset's own; folder: 224)")
+    add("--skip-bad-images", action="store_true", help="of --dataset folder: go on without the images that cannot be read")
     add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
@@ -91,6 +97,7 @@ def add_common_arguments(parser, **defaults):
     add("--precision", choices=("fp32", "bf16"), help="of the encoder (default: bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the model: worth its minute on long runs")
     add("--eval-every", type=number(int, 0), help="epochs between k-NN evaluations; 0: only after the last")
+    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="minutes between checkpoints; there is one after every epoch, too")
     add("--out", help="folder of the run (default: runs/METHOD-DATASET)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.set_defaults(**defaults)
@@ -114,8 +121,6 @@ def parse(parser, argv=None):
         raise Unusable(f"argument --out: {error}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise Unusable(f"argument --out: {existing} is not a folder that can be written to")
-    if not args.resume and (Path(args.out) / "checkpoint.pt").exists():
-        raise Unusable(f"argument --out: {args.out} already holds a run; --resume goes on with it, another --out starts afresh")
     return args
 
 
@@ -146,6 +151,13 @@ def command_line(main):
     except RunFailed as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole.", file=sys.stderr)
+        sys.exit(1)
 
 
 # ---- Datasets --------------------------------------------------------------------------------
@@ -162,13 +174,15 @@ class Dataset:
     test_labels: dict
 
 
-def load_dataset(args):
+def load_dataset(args, download=True):
     """The dataset that args name, resized to args.image_size, on args.device.
 
     Raises Unusable where the data is missing, empty or unreadable.
     """
-    load = {"shapes": load_shapes, "stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)
-    data = load(args)
+    if args.dataset in ("shapes", "folder"):
+        data = {"shapes": load_shapes, "folder": load_folder}[args.dataset](args)
+    else:
+        data = (load_stl10 if args.dataset == "stl10" else load_cifar)(args, download)
     if args.holdout:                           # every tenth training image plays the test image
         held = torch.arange(len(data.train_images)) % 10 == 0
         split = lambda labels, where: {name: y[where] for name, y in labels.items()}
@@ -191,20 +205,20 @@ def resize(images, size):
 
 
 def torchvision_dataset(name, args, **options):
-    """One of torchvision's datasets from args.data_dir, downloaded where it is not there yet."""
+    """One of torchvision's datasets from args.data_dir, where download=True puts it if it is not there yet."""
     root = Path(args.data_dir)
     new = not root.exists()
     try:
-        return getattr(torchvision.datasets, name)(root, download=True, **options)
+        return getattr(torchvision.datasets, name)(root, **options)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}, and no download: {error}") from error
+        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{', and no download' * options['download']}: {error}") from error
 
 
-def load_cifar(args):
+def load_cifar(args, download):
     name = args.dataset.upper()
-    parts = [torchvision_dataset(name, args, train=train) for train in (True, False)]
+    parts = [torchvision_dataset(name, args, train=train, download=download) for train in (True, False)]
     images = [resize(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), args.image_size) for part in parts]
     labels = [{"class": torch.tensor(part.targets)} for part in parts]
     if name == "CIFAR100":
@@ -219,8 +233,8 @@ CIFAR100_SUPERCLASS = [  # of each of the 100 classes in alphabetical order (Kri
     12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
 
 
-def load_stl10(args):
-    parts = {split: torchvision_dataset("STL10", args, split=split) for split in ("unlabeled", "train", "test")}
+def load_stl10(args, download):
+    parts = {split: torchvision_dataset("STL10", args, split=split, download=download) for split in ("unlabeled", "train", "test")}
     images = {split: resize(torch.from_numpy(part.data), args.image_size) for split, part in parts.items()}
     label = lambda split: {"class": torch.from_numpy(parts[split].labels).long()}
     return Dataset(images["unlabeled"], images["train"], label("train"), images["test"], label("test"))
@@ -233,6 +247,12 @@ def load_folder(args):
     for part in (root, root / "train", test):
         if not part.is_dir():
             raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*")
+    for part in (root / "train", test):
+        seen = set()
+        for folder, *_ in os.walk(part, followlinks=True):                 # as ImageFolder does, 40 times around a loop
+            if os.path.realpath(folder) in seen:
+                raise Unusable(f"argument --data-dir: {folder} is a link to a folder that is in {part} already")
+            seen.add(os.path.realpath(folder))
     try:
         train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", test))
     except OSError as error:                   # no class folder, or one without images, or no permission
@@ -244,21 +264,38 @@ def load_folder(args):
     def decode(path):                          # shorter side to image_size, then the centre square
         try:
             with Image.open(path) as image:
-                image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (args.image_size,) * 2, Image.BICUBIC)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise Unusable(f"argument --data-dir: cannot read the image {path}: {error}") from error
-        return np.array(image)
+                return np.array(ImageOps.fit(upright_rgb(image), (args.image_size,) * 2, Image.BICUBIC))
+        except Exception as error:             # Pillow's decoders raise anything on damaged bytes
+            if args.skip_bad_images:
+                return None
+            raise Unusable(f"argument --data-dir: cannot read the image {path}: {error}; --skip-bad-images goes on without it") from error
 
     def load(part):
-        images = torch.empty(len(part), 3, args.image_size, args.image_size, dtype=torch.uint8)
+        images, readable = torch.empty(len(part), 3, args.image_size, args.image_size, dtype=torch.uint8), torch.ones(len(part), dtype=torch.bool)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = pool.map(decode, (path for path, _ in part.samples))
             for i, image in enumerate(tqdm(decoded, f"reading {part.root}", len(part), leave=False)):
-                images[i] = torch.from_numpy(image).permute(2, 0, 1)
-        return images, {"class": torch.tensor(part.targets)}
+                if image is None:
+                    readable[i] = False
+                else:
+                    images[i] = torch.from_numpy(image).permute(2, 0, 1)
+        if not readable.any():
+            raise Unusable(f"argument --data-dir: not one of the {len(part)} images in {part.root} can be read")
+        if not readable.all():
+            print(f"{part.root}: skipped {len(part) - int(readable.sum())} of {len(part)} images that cannot be read", file=sys.stderr)
+            images = images[readable]
+        return images, {"class": torch.tensor(part.targets)[readable]}
 
     (images, labels), (test_images, test_labels) = load(train), load(test)
     return Dataset(images, images, labels, test_images, test_labels)
+
+
+def upright_rgb(image):
+    """A PIL image of any mode as RGB, turned as its EXIF data says; the first frame of an animation."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):             # 16-bit grey, which convert() would clip to 255
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 # ---- shapes: a small hierarchy with known labels, made on the fly ----
@@ -663,7 +700,7 @@ def make_optimizer(model, args):
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if args.optimizer == "lars":
+    if getattr(args, "optimizer", "adamw") == "lars":
         return LARS([groups[0], {**groups[1], "lars": False}], lr=0.0)
     return torch.optim.AdamW(groups, lr=0.0, fused=args.device != "mps")
 
@@ -690,79 +727,171 @@ def train(args, model, training_step, data, after_step=None):
     its parts {name: scalar} and {level: [n, d]} to watch for collapse. after_step(model, args, progress),
     where given, follows each update; progress goes from 0 to 1 over the run. All randomness of step t
     comes from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
+    Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
     out, device = Path(args.out), args.device
+    newest, previous = (out / name for name in CHECKPOINTS)
     per_epoch = len(data.images) // args.batch_size
     steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
     peak = args.lr * args.batch_size / 256
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
-    first_epoch, history = 0, []
-    if args.resume:
-        state = load_checkpoint(out / "checkpoint.pt", args.method)
-        for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "resume"}):
-            if state["config"][name] != getattr(args, name, None):
-                raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
-        first_epoch, history = state["epoch"], state["history"]
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-            raise Unusable(f"{out / 'checkpoint.pt'}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
-    out.mkdir(parents=True, exist_ok=True)
-    config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    write(out / "config.json", json.dumps(config, indent=2).encode())
-    if history:
-        write_log(history, out)                # the run may have been cut off between its checkpoint and its log
-    forward = torch.compile(model) if args.compile else model
-    generator = torch.Generator(device)
+    first, sums, seconds, history = 0, [], 0.0, []                # sums and seconds: of the epoch so far
 
-    for epoch in range(first_epoch, args.epochs):
-        order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
-        order, sums, began = order.to(device), 0, time.perf_counter()
-        bar = tqdm(range(per_epoch), f"epoch {epoch + 1}/{args.epochs}", unit_scale=args.batch_size, unit=" images",
-                   mininterval=0.5, leave=False)
-        for i in bar:
-            step = epoch * per_epoch + i
+    with claimed(out, args.resume), stop_signals() as signals, \
+            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, delay=0.5, leave=False) as bar:
+        if args.resume:
+            first, sums, seconds, history = restore(args, model, optimizer, per_epoch)
+        config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
+        write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        if history:
+            write_log(history, out)                # the run may have been cut off between its checkpoint and its log
+        forward = torch.compile(model) if args.compile else model
+        generator = torch.Generator(device)
+        unread, saved = [], time.monotonic()
+
+        for step in range(first, steps):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0 or step == first:
+                order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)).to(device)
+                bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
+                bar.reset(per_epoch)
+                bar.initial = bar.n = i
+                began = time.perf_counter() - seconds
             generator.manual_seed(args.seed * 1_000_003 + step)
             images = data.images[order[i * args.batch_size:(i + 1) * args.batch_size]]
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, warmup, peak)
-            optimizer.param_groups[0]["weight_decay"] = weight_decay(step, steps, args.weight_decay, args.weight_decay_end)
+            decay_end = getattr(args, "weight_decay_end", args.weight_decay)
+            optimizer.param_groups[0]["weight_decay"] = weight_decay(step, steps, args.weight_decay, decay_end)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if after_step:
                 after_step(forward, args, step / max(1, steps - 1))
             terms = {"loss": loss, **terms}
-            sums = sums + torch.stack([term.detach() for term in terms.values()])
-            if i % 20 == 0 or i == per_epoch - 1:               # reading a value waits for the device
-                if not torch.isfinite(sums).all():
-                    name = next(name for name, total in reversed(list(zip(terms, sums))) if not torch.isfinite(total))
-                    raise RunFailed(f"{name} is not finite at step {step}; {out / 'checkpoint.pt'} keeps the last good epoch. Try a lower --lr.")
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-        if not all(torch.isfinite(p).all() for p in model.parameters()):
-            raise RunFailed(f"the weights are not finite after epoch {epoch + 1}; {out / 'checkpoint.pt'} keeps the last good epoch. Try a lower --lr.")
-        seconds = time.perf_counter() - began
-        row = {"epoch": epoch + 1, **{name: value / per_epoch for name, value in zip(terms, sums.tolist())},
-               "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
-               "peak_memory_mb": peak_memory_mb(device), "seconds": seconds,
-               "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
-               "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
-        last = epoch + 1 == args.epochs
-        if last or args.eval_every and (epoch + 1) % args.eval_every == 0:
-            features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
-            label, y = next(iter(data.train_labels.items()))
-            row["knn"] = {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
-        history.append(row)
-        report(row, args.epochs, history)
-        save_checkpoint(out / "checkpoint.pt", {"method": args.method, "config": vars(args), "epoch": epoch + 1, "history": history,
-                                                "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-        write_log(history, out)
+            unread.append(torch.stack([term.detach() for term in terms.values()]))
+
+            last = i + 1 == per_epoch
+            save = last or signals or time.monotonic() - saved > 60 * args.checkpoint_minutes
+            if save or i % 20 == 0:                               # reading a value waits for the device
+                for t, values in enumerate(torch.stack(unread).tolist(), step + 1 - len(unread)):
+                    for name, value in reversed(list(zip(terms, values))):
+                        if not math.isfinite(value):
+                            raise RunFailed(f"{name} is {value} at step {t}; what was saved in {out} is from before. Try a lower --lr.")
+                    sums = [total + value for total, value in zip(sums or [0.0] * len(values), values)]
+                unread = []
+                bar.set_postfix(loss=f"{values[0]:.3f}", refresh=False)
+            bar.update()
+            if not save:
+                continue
+            if not all(torch.isfinite(p).all() for p in model.parameters()):
+                raise RunFailed(f"the weights are not finite after step {step}; what was saved in {out} is from before. Try a lower --lr.")
+            seconds = time.perf_counter() - began
+            if last:
+                row = {"epoch": epoch + 1, **{name: total / per_epoch for name, total in zip(terms, sums)},
+                       "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
+                       "peak_memory_mb": peak_memory_mb(device), "seconds": seconds,
+                       "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
+                       "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
+                if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
+                    features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
+                    label, y = next(iter(data.train_labels.items()))
+                    row["knn"] = {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
+                history.append(row)
+                report(row, args.epochs, history)
+                sums, seconds = [], 0.0
+            state = {"method": args.method, "config": vars(args), "step": step + 1, "sums": sums, "seconds": seconds,
+                     "history": history, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write(newest, lambda file: torch.save(state, file), keep=previous)
+            saved = time.monotonic()
+            if last:
+                write_log(history, out)
+            if signals:
+                bar.close()
+                again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
+                print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
+                sys.exit(128 + signals[0])
+
+
+@contextmanager
+def claimed(out, resume):
+    """Hold the folder `out` for this process alone; the lock ends with the process, however that ends.
+
+    Raises Unusable where another process holds it, or a run is there already and resume is False.
+    """
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = os.open(out, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise Unusable(f"argument --resume: no {out / CHECKPOINTS[0]}; there is no folder {out}") from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Unusable(f"argument --out: another process is writing to {out}, or it cannot be locked: {error}") from error
+        if not resume and any((out / name).exists() for name in CHECKPOINTS):
+            raise Unusable(f"argument --out: {out} already holds a run; --resume goes on with it, another --out starts afresh")
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def stop_signals():
+    """A list that receives the first SIGINT or SIGTERM; the second ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        for each in handlers:
+            signal.signal(each, signal.SIG_DFL)
+
+    handlers = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+def restore(args, model, optimizer, per_epoch):
+    """Load the checkpoint in args.out into model and optimizer. Returns step, sums, seconds and history.
+
+    Falls back on the checkpoint before, and says so. Raises Unusable where neither can be used.
+    """
+    out = Path(args.out)
+    newest, previous = (out / name for name in CHECKPOINTS)
+    try:
+        state = load_checkpoint(newest, args.method)
+    except Unusable as error:
+        if not previous.exists():
+            raise
+        state = load_checkpoint(previous, args.method)
+        tqdm.write(f"warning: {error}; going on from {previous}", file=sys.stderr)
+        os.replace(previous, newest)               # else the next save would keep the damaged one and drop this
+        newest = previous
+    for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "resume"}):
+        if state["config"][name] != getattr(args, name, None):
+            raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
+    moments = state["optimizer"].get("state")
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        names = {"velocity"} if isinstance(optimizer, LARS) else {"step", "exp_avg", "exp_avg_sq"}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if optimizer.state[p].keys() != names or any(m.dtype != p.dtype or m.shape not in (p.shape, ()) for m in optimizer.state[p].values()):
+                raise ValueError("the optimizer's moments are not those of its weights")
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Unusable(f"{newest}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
+    if len(state["history"]) != state["step"] // per_epoch or state["step"] > args.epochs * per_epoch:
+        raise Unusable(f"{newest}: its log has {len(state['history'])} epochs, which is not where step {state['step']} lies")
+    return state["step"], state["sums"], state["seconds"], state["history"]
 
 
 def report(row, epochs, history):
@@ -798,36 +927,55 @@ def effective_rank(z):
     return torch.special.entr(p).sum().exp().item()
 
 
-def write(path, content):
-    """Write bytes so that a reader, or a crash, sees the old file or the new one and nothing between."""
+def write(path, save, keep=None):
+    """save(file) into path so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    The old file stays beside it under the name `keep`, where given. Raises RunFailed where any of this
+    fails, for a full disk say: the old file is then still there, whole.
+    """
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:       # torch.save wraps the one in the other
+        aside.unlink(missing_ok=True)
+        raise RunFailed(f"cannot write {path}: {error}; what was saved before is whole") from error
 
 
-def save_checkpoint(path, state):
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
+LOGGED = {"epoch", "loss", "lr", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std"}
 
 
 def load_checkpoint(path, method=None):
-    """A checkpoint written by train(). Raises Unusable where it is missing, damaged or of another method."""
+    """A checkpoint written by train(), safe to load from a stranger: it runs no code and takes no more memory than its size.
+
+    Raises Unusable where it is missing, damaged or of another method.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("it unpacks to more than its own size")
+            if archive.testzip():
+                raise ValueError("its bytes are not those that were written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
     except Exception as error:                 # torch.load has no common base class for what it raises on foreign bytes
         raise Unusable(f"{path}: not a checkpoint that these scripts wrote: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    fields = {"method": str, "config": dict, "epoch": int, "history": list, "model": dict, "optimizer": dict}
+    fields = {"method": str, "config": dict, "step": int, "sums": list, "seconds": float, "history": list, "model": dict, "optimizer": dict}
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in fields.items()):
         raise Unusable(f"{path}: not a checkpoint that these scripts wrote")
+    number = lambda x: isinstance(x, (int, float))
+    numbers = lambda x: number(x) or isinstance(x, dict) and all(map(number, x.values()))
+    log = state["history"]
+    if (not all(isinstance(row, dict) and row.keys() - {"knn"} == log[0].keys() - {"knn"} >= LOGGED and all(map(numbers, row.values())) for row in log)
+            or not all(map(number, state["sums"])) or not all(isinstance(value, torch.Tensor) for value in state["model"].values())):
+        raise Unusable(f"{path}: its log or its weights are not as these scripts write them")
     if method and state["method"] != method:
         raise Unusable(f"{path}: a checkpoint of {state['method']}.py, not of {method}.py")
     return state
@@ -835,7 +983,8 @@ def load_checkpoint(path, method=None):
 
 def write_log(history, out):
     """metrics.jsonl and curves.png of all epochs so far."""
-    write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+    text = "".join(json.dumps(row) + "\n" for row in history)
+    write(out / "metrics.jsonl", lambda file: file.write(text.encode()))
     draw_curves(history, out / "curves.png")
 
 
@@ -843,8 +992,7 @@ def draw_curves(history, path):
     """The log as five small plots over epochs: loss, its terms, effective rank, spread, k-NN accuracy."""
     epochs = [row["epoch"] for row in history]
     figure, axes = plt.subplots(1, 5, figsize=(22, 4), layout="constrained")
-    terms = [name for name in history[0] if name not in
-             ("epoch", "lr", "loss", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std", "knn")]
+    terms = [name for name in history[0] if name not in LOGGED | {"knn"}]
     axes[0].plot(epochs, [row["loss"] for row in history], "o-", label="loss")
     for name in terms:
         axes[1].plot(epochs, [row[name] for row in history], "o-", label=name)
@@ -860,7 +1008,7 @@ def draw_curves(history, path):
         if axis.lines:
             axis.legend()
     axes[1].set_yscale("log")
-    figure.savefig(path, dpi=100)
+    write(path, lambda file: figure.savefig(file, format="png", dpi=100))
     plt.close(figure)
 
 

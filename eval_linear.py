@@ -8,7 +8,6 @@ judged is each encoder's pooled map, with all encoders frozen (S-JEA section 4.1
 beside it, raw pixels and the same encoder before training. Features are computed once, without
 augmentation. Writes eval.json beside the checkpoint.
 """
-import argparse
 import importlib
 import json
 from pathlib import Path
@@ -79,12 +78,24 @@ def load(path, device="auto", data_dir=None):
     state = common.load_checkpoint(path)
     if state["method"] not in MODELS:
         raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)}")
+    config = {**state["config"], "device": device, "out": str(path.parent), "resume": False}
+    if data_dir:
+        config["data_dir"] = data_dir
     script = importlib.import_module(state["method"])
-    missing = vars(script.arguments(["--resume"])).keys() - state["config"].keys()
-    if missing:
-        raise common.Unusable(f"{path}: its config lacks {', '.join(sorted(missing))}")
-    args = argparse.Namespace(**state["config"])
-    args.data_dir, args.device = data_dir or args.data_dir, common.pick_device(device)
+    differ = vars(script.arguments(["--out", config["out"]])).keys() ^ config.keys()
+    if differ:
+        raise common.Unusable(f"{path}: written by another version of {state['method']}.py: its config differs in {', '.join(sorted(map(str, differ)))}")
+    try:                                       # the script's own checks on what a stranger may have written
+        args = script.arguments(flags(config))
+    except common.Unusable as error:
+        raise common.Unusable(f"{path}: its config does not pass: {error}") from error
+    for name in config.keys() - {"device"}:
+        if config[name] != getattr(args, name):
+            raise common.Unusable(f"{path}: its config does not pass: {name} is {config[name]}")
+    with torch.device("meta"):                 # no memory for the sizes it declares before its weights are seen to have them
+        expected = {name: value.shape for name, value in build(args).state_dict().items()}
+    if expected != {name: value.shape for name, value in state["model"].items()}:
+        raise common.Unusable(f"{path}: its weights are not those of the encoder it names")
     model = untrained(args)
     try:
         model.load_state_dict(state["model"])
@@ -93,18 +104,38 @@ def load(path, device="auto", data_dir=None):
     return model, args
 
 
+def flags(config):
+    """The command line that a config comes from."""
+    argv = []
+    for name, value in config.items():
+        flag = "--" + name.replace("_", "-").strip("-")
+        if name == "method" or value is None or value is False:
+            continue
+        if isinstance(value, list) and name == "projector":
+            argv.append(f"{flag}={'-'.join(map(str, value))}")
+        elif isinstance(value, list):
+            argv += [flag, *map(str, value)]
+        else:
+            argv.append(flag if value is True else f"{flag}={value}")
+    return argv
+
+
+def build(args):
+    return getattr(importlib.import_module(args.method), MODELS[args.method])(args)
+
+
 def untrained(args):
     """The model of args as it was before its first step."""
     torch.manual_seed(args.seed)
-    model = getattr(importlib.import_module(args.method), MODELS[args.method])(args)
-    return model.to(args.device, memory_format=torch.channels_last).eval()
+    return build(args).to(args.device, memory_format=torch.channels_last).eval()
 
 
 def main(argv=None, data=None):
     """Judge the checkpoint that argv names; data: its dataset, where the caller has it loaded already."""
     options = arguments(argv)
     model, args = load(options.checkpoint, options.device, options.data_dir)
-    data = data or common.load_dataset(args)
+    ## A checkpoint from a stranger must not decide where a download goes.
+    data = data or common.load_dataset(args, download=options.data_dir is not None)
     labels = options.labels or list(data.train_labels)[:1]
     for label in labels:
         if label not in data.train_labels:
@@ -129,7 +160,7 @@ def main(argv=None, data=None):
     result = {"method": args.method, "dataset": args.dataset, "label": labels[0],
               "levels": {level: first[level] for level in levels},
               "baselines": {name: first[name] for name in features if name not in levels}, "labels": scores}
-    common.write(options.checkpoint.with_name("eval.json"), json.dumps(result, indent=2).encode())
+    common.write(options.checkpoint.with_name("eval.json"), lambda file: file.write(json.dumps(result, indent=2).encode()))
     print(f"\nTo read out more: python eval_linear.py {options.checkpoint} --labels {' '.join(data.train_labels)}")
 
 

@@ -175,7 +175,6 @@ def arguments(argv=None):
     if parser.parse_known_args(argv)[0].optimizer == "lars":
         parser.set_defaults(lr=0.3, weight_decay=1e-6)
     args = common.parse(parser, argv)
-    args.weight_decay_end = args.weight_decay
     args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08)
     args.projectors = args.projectors or "1" * args.stacks
     args.stack_weights = args.stack_weights or [1.0] * args.stacks

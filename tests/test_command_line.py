@@ -1,5 +1,6 @@
 """Bad input to any script: exit code 2, one line that names what is wrong, nothing written."""
 import importlib
+import math
 import pickle
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies
 from PIL import Image
 
 import common
@@ -166,20 +168,91 @@ BAD = [  # script, flags, words of the line
 @pytest.mark.parametrize("script, flags, words", BAD, ids=[f"{script} {flags}" for script, flags, _ in BAD])
 def test_bad_input(script, flags, words, made, checkpoints, tmp_path, monkeypatch, capfd):
     flags = flags.format(made=made, checkpoints=checkpoints).split()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-    monkeypatch.setattr(common, "augment", lambda *args: pytest.fail("training began"))
     if script != "eval_linear" and "--out" not in flags:
-        flags += ["--out", "new"]
+        flags += ["--out", "new"] * ("--resume" not in flags)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "augment", lambda *args: pytest.fail("training began"))
     before = snapshot(made, checkpoints)
     capfd.readouterr()
+    error = refusal(script, flags, monkeypatch, capfd)
+    assert all(word in error for word in words.split()), error
+    assert not list(tmp_path.iterdir()) and snapshot(made, checkpoints) == before
+
+
+def refusal(script, argv, monkeypatch, capfd):
+    """The one line with which the script refuses argv, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
     with pytest.raises(SystemExit) as stop:
         common.command_line(importlib.import_module(script).main)
     error = capfd.readouterr().err.split("\r")[-1].strip()
-    assert stop.value.code == 2
+    assert stop.value.code == 2, error
     assert len(error.splitlines()) == 1 and error.startswith(f"{script}.py: ")
-    assert all(word in error for word in words.split()), error
-    assert not list(tmp_path.iterdir()) and snapshot(made, checkpoints) == before
+    return error
+
+
+RANGES = {  # flag: scripts, kind, smallest and largest value that is taken
+    "--epochs": ("vicreg sjea ijepa cjepa", int, 1, None), "--batch-size": ("vicreg sjea ijepa cjepa", int, 2, None),
+    "--image-size": ("vicreg sjea ijepa cjepa", int, 8, 1024), "--lr": ("vicreg sjea ijepa cjepa", float, 0, None),
+    "--weight-decay": ("vicreg sjea ijepa cjepa", float, 0, None), "--warmup-epochs": ("vicreg sjea ijepa cjepa", float, 0, None),
+    "--seed": ("vicreg sjea ijepa cjepa", int, 0, 2**31), "--eval-every": ("vicreg sjea ijepa cjepa", int, 0, None),
+    "--checkpoint-minutes": ("vicreg sjea ijepa cjepa", float, 0, None), "--width": ("vicreg sjea", int, 1, None),
+    "--lambda": ("vicreg sjea", float, 0, None), "--mu": ("vicreg sjea", float, 0, None), "--nu": ("vicreg sjea", float, 0, None),
+    "--crop-min": ("vicreg sjea ijepa cjepa", float, 0.01, 1), "--stacks": ("sjea", int, 1, 16), "--ema": ("ijepa cjepa", float, 0, 1),
+    "--patch-size": ("ijepa cjepa", int, 1, None), "--predictor-depth": ("ijepa cjepa", int, 1, None), "--num-targets": ("ijepa cjepa", int, 1, None),
+    "--predictor-width": ("ijepa cjepa", int, 4, None), "--weight-decay-end": ("ijepa cjepa", float, 0, None),
+    "--beta-vicreg": ("cjepa", float, 0, None), "--beta-sim": ("cjepa", float, 0, None), "--beta-std": ("cjepa", float, 0, None),
+    "--beta-cov": ("cjepa", float, 0, None)}
+CHOICES = {"--dataset": "vicreg sjea ijepa cjepa", "--device": "vicreg sjea ijepa cjepa eval_linear", "--precision": "vicreg sjea ijepa cjepa",
+           "--arch": "vicreg sjea", "--optimizer": "vicreg sjea", "--augmentation": "vicreg sjea", "--vit": "ijepa cjepa",
+           "--masking": "ijepa cjepa", "--target": "ijepa cjepa", "--loss": "ijepa cjepa", "--views": "cjepa", "--recipe": "ijepa cjepa"}
+
+
+def is_number(text, kind):
+    try:
+        return math.isfinite(kind(text))
+    except (ValueError, OverflowError):
+        return False
+
+
+@strategies.composite
+def bad_value(draw):
+    """(script, [flag, a value that it does not take])."""
+    flag = draw(strategies.sampled_from([*RANGES, *CHOICES]))
+    if flag in CHOICES:
+        value = draw(strategies.text(strategies.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(str.isupper))
+        return draw(strategies.sampled_from(CHOICES[flag].split())), [f"{flag}={value}"]
+    scripts, kind, low, high = RANGES[flag]
+    below = strategies.integers(max_value=math.ceil(low) - 1) if kind is int else strategies.floats(max_value=low, exclude_max=True, allow_infinity=True)
+    words = strategies.text(strategies.characters(exclude_categories=("Cs", "Cc")), max_size=8).filter(lambda text: text != "--" and not is_number(text, kind))  # "--": lost by Python 3.11's argparse
+    values = [below.map(str), words, strategies.sampled_from(["nan", "inf", "-inf", "1e999", "", "0x10", "1,5"])]
+    if high is not None:
+        values.append((strategies.integers(min_value=high + 1) if kind is int else strategies.floats(min_value=high, exclude_min=True)).map(str))
+    return draw(strategies.sampled_from(scripts.split())), [f"{flag}={draw(strategies.one_of(values))}"]
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bad_value())
+def test_generated_bad_values(tmp_path, monkeypatch, capfd, command):
+    script, flags = command
+    monkeypatch.setattr(common, "load_dataset", lambda *args: pytest.fail(f"{flags} passed"))
+    monkeypatch.chdir(tmp_path)
+    error = refusal(script, ["nothing.pt", *flags] if script == "eval_linear" else [*flags, "--out", "new"], monkeypatch, capfd)
+    assert flags[0].split("=")[0] in error
+    assert not list(tmp_path.iterdir())
+
+
+@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=strategies.binary(max_size=300), script=strategies.sampled_from(["vicreg", "sjea", "ijepa", "cjepa", "eval_linear"]))
+def test_generated_checkpoints(tmp_path, monkeypatch, capfd, content, script):
+    """Any bytes at all, and any bytes behind the first of a real archive."""
+    monkeypatch.setattr(common, "load_shapes", lambda args: common.Dataset(*[torch.zeros(128, 3, 32, 32, dtype=torch.uint8)] * 2, {}, None, {}))
+    monkeypatch.setattr(common, "load_dataset", lambda args: common.load_shapes(args))
+    path = tmp_path / "checkpoint.pt"
+    for start in (b"", b"PK\x03\x04"):
+        path.write_bytes(start + content)
+        argv = [str(path)] if script == "eval_linear" else ["--resume", "--batch-size", "16", "--out", str(tmp_path)]
+        assert "checkpoint.pt" in refusal(script, argv, monkeypatch, capfd)
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def snapshot(*folders):

@@ -747,50 +747,8 @@ def test_effective_rank():
 
 # ---- Files -----------------------------------------------------------------------------------
 
-def failing(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
-
-def test_write_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    common.write(path, b"old")
-    common.write(path, b"new")
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["metrics.jsonl"]
-    for step in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, step, failing)
-            with pytest.raises(OSError):
-                common.write(path, b"newer")
-        assert path.read_bytes() == b"new"
-
-
-STATE = {"method": "vicreg", "config": {"seed": 3}, "epoch": 2, "history": [{"loss": 1.5}],
-         "model": {"w": torch.arange(1000.0)}, "optimizer": {"lr": 0.1}}
-
-
-def test_checkpoint_comes_back_and_survives_a_full_disk(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    common.save_checkpoint(path, STATE)
-    def full(state, file, *args, **kwargs):
-        Path(file).write_bytes(b"half") if isinstance(file, (str, Path)) else file.write(b"half")
-        failing()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises((OSError, common.RunFailed)):
-            common.save_checkpoint(path, {**STATE, "epoch": 3})
-    for method in (None, "vicreg"):
-        state = common.load_checkpoint(path, method)
-        assert torch.equal(state["model"].pop("w"), torch.arange(1000.0))
-        assert state == {**STATE, "model": {}}
-
-
-class Evil:
-    """Unpickling this creates a file."""
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
+STATE = {"method": "vicreg", "config": {"seed": 3}, "step": 2, "sums": [0.5], "seconds": 0.5, "history": [],
+         "model": {"w": torch.arange(1000.0)}, "optimizer": {"state": {}}}
 
 
 def saved(state, **options):
@@ -805,10 +763,10 @@ UNUSABLE = {  # content of the file, words of the message
     "only a pickle's first bytes": (b"\x80\x02", ""),
     "empty": (b"", ""),
     "text": (b"not a checkpoint\n", ""),
-    "pickle": (pickle.dumps({"epoch": 3}, protocol=2), ""),
+    "pickle": (pickle.dumps({"step": 3}, protocol=2), ""),
     "tensor": (saved(torch.zeros(3)), ""),
     "field missing": (saved({name: value for name, value in STATE.items() if name != "optimizer"}), ""),
-    "field of another type": (saved({**STATE, "epoch": "2"}), ""),
+    "field of another type": (saved({**STATE, "step": "2"}), ""),
     "other method": (saved({**STATE, "method": "sjea"}), "sjea"),
 }
 
@@ -828,20 +786,3 @@ def test_missing_checkpoint(tmp_path):
     for path, words in ((tmp_path / "none.pt", "no checkpoint .*none.pt"), (tmp_path, tmp_path.name)):
         with pytest.raises(common.Unusable, match=words):
             common.load_checkpoint(path, "vicreg")
-
-
-trusting = lambda file: torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("write, read", [
-    (lambda state: pickle.dumps(state, protocol=2), pickle.load),
-    (saved, trusting), (lambda state: saved(state, _use_new_zipfile_serialization=False), trusting)])
-def test_a_malicious_checkpoint_runs_nothing(tmp_path, write, read):
-    """The same file does run its code where it is trusted."""
-    path, marker = tmp_path / "checkpoint.pt", tmp_path / "marker"
-    path.write_bytes(write({**STATE, "model": Evil(marker)}))
-    with pytest.raises(common.Unusable):
-        common.load_checkpoint(path, "vicreg")
-    assert not marker.exists()
-    read(io.BytesIO(path.read_bytes()))
-    assert marker.exists()

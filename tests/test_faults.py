@@ -1,0 +1,501 @@
+"""What happens to a run from outside: kills, signals, full disks, locks, foreign checkpoints, hostile images.
+
+KILLS=25 pytest -s tests/test_faults.py -k kill    # 25 kills per method instead of 5, one line for each
+"""
+import fcntl
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import conftest
+import eval_linear
+
+METHODS = ("vicreg", "sjea", "ijepa", "cjepa")
+UNTIMED = {"seconds", "images_per_second", "peak_memory_mb"}               # of the log: what no two runs have in common
+processes = multiprocessing.get_context("forkserver")                      # a new process without a new import of torch
+processes.set_forkserver_preload(["conftest", "eval_linear", *METHODS])
+
+
+def flags(method, out, *more):
+    small = ["--predictor-width", "8", "--predictor-depth", "1"] if "jepa" in method else ["--width", "2", "--projector", "8-8"]
+    return ["--batch-size", "16", "--precision", "fp32", "--device", "cpu", "--epochs", "3", *small, "--out", str(out), *more]
+
+
+def start(method, argv, at_step=None, error=os.devnull):
+    """METHOD.py in a process of its own, on 128 images, stderr in the file `error`; at_step(step) is called in every step."""
+    torch.set_num_threads(1)                                               # two such processes would wait for each other
+    sys.argv, sys.stdout, sys.stderr = [f"{method}.py", *argv], open(os.devnull, "w"), open(error, "w")
+    common.load_shapes = conftest.tiny_shapes
+    if at_step:
+        learning_rate = common.learning_rate
+        common.learning_rate = lambda step, *rest: (at_step(step), learning_rate(step, *rest))[1]
+    common.command_line(importlib.import_module(method).main)
+
+
+def run(method, argv, at_step=None):
+    """The exit code of METHOD.py and what it last wrote on stderr."""
+    with tempfile.NamedTemporaryFile("r", newline="") as error:
+        process = processes.Process(target=start, args=(method, argv, at_step, error.name))
+        process.start()
+        process.join()
+        return process.exitcode, error.read().replace("\r", "\n").strip()
+
+
+def log(out):
+    return [{name: value for name, value in json.loads(line).items() if name not in UNTIMED}
+            for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_runs(out, other):
+    """Parameters, optimizer and log to the last bit."""
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (out, other))
+    assert a["step"] == b["step"]
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for key, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in moments.items())
+    assert log(out) == log(other)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(method): the folder of a whole run of 3 epochs of 8 steps."""
+    outs = {}
+    def folder(method):
+        if method not in outs:
+            outs[method] = tmp_path_factory.mktemp("undisturbed") / method
+            assert run(method, flags(method, outs[method]))[0] == 0
+        return outs[method]
+    return folder
+
+
+# ---- kills and signals ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(method, undisturbed, tmp_path):
+    """SIGKILL, again and again, at a random place of a random step; each time what is left is taken up again."""
+    out, draw, whole = tmp_path / "run", random.Random(method), undisturbed(method)
+    for kill in range(int(os.environ.get("KILLS", 5))):
+        goal, wait = draw.randrange(1, 5), draw.random() * 0.05
+        resume = ["--resume"] if any((out / name).exists() for name in common.CHECKPOINTS) else []
+        process = processes.Process(target=start, args=(method, flags(method, out, "--checkpoint-minutes", "0", *resume)))
+        process.start()
+        before = changes = (out / "checkpoint.pt").stat().st_mtime_ns if resume else 0
+        seen = 0
+        while seen < goal and process.is_alive():                          # some steps on, then some milliseconds into a step or a save
+            try:
+                changes = (out / "checkpoint.pt").stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            seen, before = seen + (changes != before), changes
+        process.join(wait)
+        process.kill()
+        process.join()
+        found = sorted(path.name for path in out.iterdir())
+        step = max(common.load_checkpoint(out / name)["step"] for name in found if name in common.CHECKPOINTS)
+        print(f"{method}: kill {kill + 1} at step {step} of 24, exit {process.exitcode}, left {' '.join(found)}")
+        if step == 24:
+            break
+    assert run(method, flags(method, out, "--resume"))[0] == 0
+    assert_equal_runs(out, whole)
+
+
+class Send:
+    """Sends this process signals in one step."""
+    def __init__(self, at, *signals):
+        self.at, self.signals = at, signals
+
+    def __call__(self, step):
+        if step == self.at:
+            for each in self.signals:
+                os.kill(os.getpid(), each)
+            self.signals = ()                                              # the rate is asked for once per group of parameters
+
+
+@pytest.mark.parametrize("method, at", [("vicreg", 0), ("ijepa", 7), ("sjea", 12), ("cjepa", 23)])  # an epoch's middle, its end, the run's
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(method, at, undisturbed, tmp_path):
+    which, code = (signal.SIGINT, 130) if at % 2 else (signal.SIGTERM, 143)
+    exit_code, error = run(method, flags(method, tmp_path / "run"), Send(at, which))
+    assert exit_code == code
+    assert error.splitlines()[-1].startswith(f"stopped after step {at + 1} of 24; to go on: python {method}.py --batch-size 16") and error.endswith("--resume")
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == at + 1
+    assert run(method, flags(method, tmp_path / "run", "--resume"))[0] == 0
+    assert_equal_runs(tmp_path / "run", undisturbed(method))
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    assert run("vicreg", flags("vicreg", tmp_path / "run"), Send(12, signal.SIGINT, signal.SIGTERM))[0] == -signal.SIGTERM
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 8
+
+
+def test_ctrl_c_before_training_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(common, "load_shapes", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        common.command_line(lambda: importlib.import_module("vicreg").main(["--out", str(tmp_path / "run")]))
+    assert stop.value.code == 130 and not list(tmp_path.iterdir()) and "Traceback" not in capsys.readouterr().err
+
+
+# ---- writes that fail ----
+
+STATE = {"method": "vicreg", "config": {"seed": 3}, "step": 2, "sums": [], "seconds": 0.5, "history": [],
+         "model": {"w": torch.arange(1000.0)}, "optimizer": {"state": {}}}
+
+
+class Disk:
+    """Counts the calls by which common.write touches the disk, and makes one of them fail."""
+    def __init__(self, monkeypatch, fail_at=None):
+        self.calls, self.fail_at = 0, fail_at
+        for module, name in ((os, "fsync"), (os, "replace")):
+            monkeypatch.setattr(module, name, self.counted(getattr(module, name)))
+        monkeypatch.setattr(common, "open", self.open, raising=False)
+
+    def counted(self, call):
+        def counting(*args):
+            self.calls += 1
+            if self.calls - 1 == self.fail_at:
+                raise OSError(28, "No space left on device")
+            return call(*args)
+        return counting
+
+    def open(self, *args):
+        file = self.counted(open)(*args)
+        class Failing:
+            write, flush, fileno = staticmethod(self.counted(file.write)), staticmethod(self.counted(file.flush)), staticmethod(file.fileno)
+            __enter__, __exit__ = lambda wrapped: wrapped, lambda wrapped, *error: file.close()
+        return Failing()
+
+
+def test_every_failing_call_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """open, each write, flush, fsync and both renames, one after the other."""
+    newest, previous = (tmp_path / name for name in common.CHECKPOINTS)
+    save = lambda step: common.write(newest, lambda file: torch.save({**STATE, "step": step}, file), keep=previous)
+    save(1), save(2)
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        save(3)
+    assert disk.calls > 10
+    for k in range(disk.calls):
+        save(2), save(3)
+        with monkeypatch.context() as patch, pytest.raises(common.RunFailed, match="checkpoint.pt.*(No space|unexpected pos|write)"):
+            Disk(patch, fail_at=k)
+            save(4)
+        steps = [common.load_checkpoint(path)["step"] for path in (newest, previous) if path.exists()]
+        assert steps in ([3, 2], [3]), k
+        assert {path.name for path in tmp_path.iterdir()} <= set(common.CHECKPOINTS)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path):
+    """A tmpfs with room for two checkpoints and a half, then one with room for all."""
+    size = (undisturbed("vicreg") / "checkpoint.pt").stat().st_size
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size) + 200_000}", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        (tmp_path / "ballast").write_bytes(bytes(150_000))
+        code, error = run("vicreg", flags("vicreg", tmp_path / "run"))
+        assert code == 1 and error.splitlines()[-1].startswith("vicreg.py: cannot write") and "Traceback" not in error
+        assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] in (8, 16)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path)], check=True)
+        assert run("vicreg", flags("vicreg", tmp_path / "run", "--resume"))[0] == 0
+        assert_equal_runs(tmp_path / "run", undisturbed("vicreg"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def copy_of(folder, to, *names):
+    to.mkdir(parents=True)
+    for name in names or os.listdir(folder):
+        (to / name).write_bytes((folder / name).read_bytes())
+    return to
+
+
+def test_resume_falls_back_on_the_previous_checkpoint(undisturbed, tmp_path):
+    """And the damaged one never takes its place: neither on disk nor in the run's result."""
+    out = copy_of(undisturbed("sjea"), tmp_path / "run")
+    newest, previous = (out / name for name in common.CHECKPOINTS)
+    newest.write_bytes(newest.read_bytes()[:5000])
+    code, error = run("sjea", flags("sjea", out, "--resume"), Send(16, signal.SIGKILL))
+    assert code == -signal.SIGKILL and f"going on from {previous}" in error
+    assert common.load_checkpoint(newest)["step"] == 16
+    assert run("sjea", flags("sjea", out, "--resume"))[0] == 0
+    assert_equal_runs(out, undisturbed("sjea"))
+
+
+def test_a_missing_checkpoint_falls_back_too(undisturbed, tmp_path):
+    out = copy_of(undisturbed("sjea"), tmp_path / "run", "checkpoint-previous.pt")
+    assert run("sjea", flags("sjea", out, "--resume"))[0] == 0
+    assert_equal_runs(out, undisturbed("sjea"))
+
+
+def test_a_torn_log_is_mended(undisturbed, tmp_path):
+    out = copy_of(undisturbed("vicreg"), tmp_path / "run")
+    (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text()[:-40])
+    assert run("vicreg", flags("vicreg", out, "--resume"))[0] == 0
+    assert log(out) == log(undisturbed("vicreg"))
+
+
+# ---- two runs, one folder; memory ----
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_takes_one_run_at_a_time(more, undisturbed, tmp_path):
+    out = copy_of(undisturbed("vicreg"), tmp_path / "run", *(["checkpoint.pt"] if more else ["config.json"]))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    folder = os.open(out, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    code, error = run("vicreg", flags("vicreg", out, *more))
+    assert code == 2 and error.splitlines()[-1].startswith("vicreg.py: argument --out: another process is writing to") and len(error.splitlines()) == 1
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    os.close(folder)
+    assert run("vicreg", flags("vicreg", out, *more))[0] == 0
+
+
+def allocate(step):
+    if step == 9:
+        torch.empty(2**52, dtype=torch.uint8)
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path):
+    code, error = run("vicreg", flags("vicreg", tmp_path / "run"), allocate)
+    assert code == 1 and error.splitlines()[-1].startswith("vicreg.py: out of memory") and "--batch-size" in error and "Traceback" not in error
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 8
+
+
+# ---- checkpoints from a stranger ----
+
+
+class Evil:
+    """Unpickling this creates a file."""
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("script", [*METHODS, "eval_linear"])
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_a_malicious_checkpoint_runs_nothing_in_any_script(script, form, tmp_path, monkeypatch, capfd):
+    marker, path = tmp_path / "marker", tmp_path / "checkpoint.pt"
+    state = {**STATE, "method": "vicreg" if script == "eval_linear" else script, "config": Evil(marker)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    argv = [str(path)] if script == "eval_linear" else ["--out", str(tmp_path), "--resume"]
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
+    assert refused(script, argv, capfd)
+    assert not marker.exists() and sorted(os.listdir(tmp_path)) == ["checkpoint.pt"]
+
+
+def refused(script, argv, capfd):
+    """Whether the script ends with exit code 2 and one line on stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.command_line(lambda: importlib.import_module(script).main(argv))
+    error = capfd.readouterr().err.split("\r")[-1].strip()
+    return stop.value.code == 2 and len(error.splitlines()) == 1 and "Traceback" not in error
+
+
+def loads(path, method):
+    """Whether both readers of checkpoints take it; only Unusable may keep them from it."""
+    script = importlib.import_module(method)
+    args = script.arguments(flags(method, path.parent, "--resume"))
+    model = eval_linear.untrained(args)
+    try:
+        common.restore(args, model, common.make_optimizer(model, args), 8)
+        eval_linear.load(path)
+    except common.Unusable as error:
+        assert "checkpoint" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("method", ["vicreg", "cjepa"])
+def test_a_damaged_checkpoint_loads_or_is_refused(method, undisturbed, tmp_path):
+    """Cut at every hundredth of its length: refused. One bit turned over at 250 places: refused, or it changed nothing."""
+    path, whole = tmp_path / "checkpoint.pt", (undisturbed(method) / "checkpoint.pt").read_bytes()
+    path.write_bytes(whole)
+    assert loads(path, method)
+    expected = common.load_checkpoint(path)
+    for percent in range(100):
+        path.write_bytes(whole[:len(whole) * percent // 100])
+        assert not loads(path, method), percent
+    draw = random.Random(0)
+    for _ in range(250):
+        where, damaged = draw.randrange(len(whole)), bytearray(whole)
+        damaged[where] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        if loads(path, method):
+            state = common.load_checkpoint(path)
+            assert state["history"] == expected["history"] and state["config"] == expected["config"]
+            assert all(torch.equal(value, expected["model"][name]) for name, value in state["model"].items())
+
+
+def change(state, where, value):
+    *keys, last = where.split("/")
+    for key in keys:
+        state = state[int(key) if key.isdigit() else key]
+    if value is KeyError:
+        del state[int(last) if last.isdigit() else last]
+    else:
+        state[int(last) if last.isdigit() else last] = value
+
+
+FORGED = [  # where, what
+    ("step", 10**9), ("step", -1), ("step", "8"), ("sums", ["x"]), ("seconds", None), ("history/0/loss", "low"), ("history/0/loss", KeyError),
+    ("history/0", 3), ("history/0/effective_rank", {"0": []}), ("history", [{}]), ("model/h.0.weight", 5), ("model/h.0.weight", torch.zeros(3)),
+    ("model/h.0.weight", torch.zeros(1).expand(2**40)), ("optimizer/state/0/exp_avg", torch.zeros(1).expand(2**40)),
+    ("optimizer/state/0/exp_avg", KeyError), ("optimizer/state/0", KeyError), ("optimizer/state/0/step", torch.zeros(1).expand(2**40)),
+    ("optimizer/state", None), ("optimizer", {}), ("config/seed", -1), ("config/width", 10**9), ("config/width", KeyError),
+    ("config/projector", [65536] * 50), ("config/projector", 7), ("config/lr", "fast"), ("config/arch", "resnet9000"), ("config/help", True),
+    ("config/method", "sjea"), ("config/dataset", "imagenet"), ("config/image_size", 10**9), ("config/epochs", None)]
+
+
+@pytest.mark.parametrize("where, what", FORGED, ids=[f"{where}-{k}" for k, (where, _) in enumerate(FORGED)])
+def test_a_forged_checkpoint_is_refused(where, what, undisturbed, tmp_path):
+    """Every field is checked before it is used; declared sizes take no memory."""
+    state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
+    change(state, where, what)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert not loads(tmp_path / "checkpoint.pt", "vicreg")
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(undisturbed, tmp_path):
+    packed = tmp_path / "checkpoint.pt"
+    with zipfile.ZipFile(undisturbed("vicreg") / "checkpoint.pt") as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in whole.infolist():
+            archive.writestr(entry.filename, whole.read(entry))
+        archive.writestr("archive/bomb", bytes(10**8))
+    with pytest.raises(common.Unusable, match="unpacks to more than its own size"):
+        common.load_checkpoint(packed)
+
+
+def test_a_checkpoint_does_not_decide_where_a_download_goes(undisturbed, tmp_path, monkeypatch, capfd):
+    state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
+    state["config"].update(dataset="cifar10", data_dir=str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    import torchvision.datasets.cifar
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", lambda *args, **more: pytest.fail("a download began"))
+    assert refused("eval_linear", [str(tmp_path / "checkpoint.pt")], capfd)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+# ---- hostile images ----
+
+
+def folder_of(root, **images):
+    """DIR/train/cat and DIR/test/cat, each with one good image; the others go to train."""
+    for part in ("train", "test"):
+        (root / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (10, 20, 30)).save(root / part / "cat" / "good.png")
+    for name, content in images.items():
+        path = root / "train" / "cat" / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else encoded(content, path.suffix[1:]))
+    return root
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(kind, kind), **options)
+    return buffer.getvalue()
+
+
+def load_folder(root, *more):
+    args = importlib.import_module("vicreg").arguments(["--dataset", "folder", "--data-dir", str(root), "--image-size", "8", *more])
+    return common.load_dataset(args)
+
+
+def bomb(side=30000):
+    """A PNG of side x side pixels in some hundred bytes of header; its data is cut off."""
+    small = encoded(Image.new("L", (1, 1)), "png")
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + small[24:29]
+    import zlib
+    return small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+UNREADABLE = {
+    "zero_bytes": b"", "text": b"no image", "one_byte": b"\x89", "truncated_png": encoded(NOISE, "png")[:900],
+    "truncated_jpg": encoded(NOISE, "jpeg")[:900], "truncated_gif": encoded(NOISE.convert("P"), "gif")[:900],
+    "truncated_tif": encoded(NOISE, "tiff")[:900], "html": b"<html>404</html>", "pickle": pickle.dumps(3), "bomb": bomb()}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_image_that_cannot_be_read_is_named_or_skipped(kind, tmp_path, capsys):
+    root = folder_of(tmp_path / "data", b__png=UNREADABLE[kind])
+    with pytest.raises(common.Unusable, match="--data-dir: cannot read the image .*b.png.*--skip-bad-images"):
+        load_folder(root)
+    data = load_folder(root, "--skip-bad-images")
+    assert data.images[:, :, 0, 0].tolist() == [[10, 20, 30]] and data.train_labels["class"].tolist() == [0]
+    assert "skipped 1 of 2 images" in capsys.readouterr().err
+
+
+def test_nothing_but_bad_images_is_refused(tmp_path):
+    root = folder_of(tmp_path / "data")
+    (root / "train" / "cat" / "good.png").write_bytes(b"")
+    with pytest.raises(common.Unusable, match="not one of the 1 images"):
+        load_folder(root, "--skip-bad-images")
+
+
+GREY = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+PIXELS = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+FRAMES = [Image.fromarray(PIXELS[..., 0] // 2 + k) for k in (0, 100)]
+
+
+@pytest.mark.parametrize("name, image, expected", [
+    ("grey16.png", encoded(Image.fromarray(GREY), "png"), (GREY / 257).round()[..., None].repeat(3, 2)),
+    ("grey16.tif", encoded(Image.fromarray(GREY), "tiff"), (GREY / 257).round()[..., None].repeat(3, 2)),
+    ("grey_alpha.png", encoded(Image.fromarray(PIXELS[..., :2], "LA"), "png"), PIXELS[..., :1].repeat(3, 2)),
+    ("one_bit.png", encoded(Image.fromarray(PIXELS[..., 0] > 127), "png"), (PIXELS[..., :1] > 127).repeat(3, 2) * 255),
+    ("animated.tif", encoded(FRAMES[0], "tiff", save_all=True, append_images=FRAMES[1:]), (PIXELS[..., :1] // 2).repeat(3, 2)),
+    ("animated.webp", encoded(FRAMES[0].convert("RGB"), "webp", save_all=True, append_images=[FRAMES[1].convert("RGB")], lossless=True), (PIXELS[..., :1] // 2).repeat(3, 2)),
+    ("pixel.png", encoded(Image.new("RGB", (1, 1), (7, 8, 9)), "png"), np.full((8, 8, 3), (7, 8, 9))),
+    ("long.png", encoded(Image.new("RGB", (20000, 10), (7, 8, 9)), "png"), np.full((8, 8, 3), (7, 8, 9))),
+    ("猫 ñ 🐈\n.png", encoded(Image.fromarray(PIXELS), "png"), PIXELS),
+])
+def test_strange_but_whole_images_are_read_right(name, image, expected, tmp_path):
+    root = folder_of(tmp_path / "data")
+    (root / "train" / "cat" / "good.png").unlink()
+    (root / "train" / "cat" / name).write_bytes(image)
+    assert load_folder(root).images[0].permute(1, 2, 0).tolist() == np.asarray(expected).astype(int).tolist()
+
+
+def test_a_name_that_is_no_text_is_named_in_one_line(tmp_path, capfd):
+    root = folder_of(tmp_path / "data")
+    Path(os.fsdecode(bytes(root / "train" / "cat") + b"/\xff\xfe\n.png")).write_bytes(b"")
+    assert refused("vicreg", ["--dataset", "folder", "--data-dir", str(root), "--image-size", "8", "--out", str(tmp_path / "run")], capfd)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "."])
+def test_a_loop_of_symbolic_links_is_refused(target, tmp_path):
+    root = folder_of(tmp_path / "data")
+    (root / "train" / "cat" / "loop").symlink_to(target)
+    with pytest.raises(common.Unusable, match="--data-dir: .*loop"):
+        load_folder(root)
+
+
+def test_a_link_to_images_elsewhere_is_followed(tmp_path):
+    root, elsewhere = folder_of(tmp_path / "data"), folder_of(tmp_path / "elsewhere")
+    (root / "train" / "cat" / "more").symlink_to(elsewhere / "train" / "cat")
+    assert len(load_folder(root).images) == 2
