@@ -1,25 +1,33 @@
-"""Judge a frozen encoder: linear probe and weighted k-NN, at every level of a checkpoint.
+"""Judge a frozen encoder, at every level of a checkpoint: linear probe, k-NN, and the papers' other protocols.
 
     python eval_linear.py runs/sjea-shapes/checkpoint.pt
     python eval_linear.py runs/sjea-shapes/checkpoint.pt --labels shape style colour
+    python eval_linear.py runs/sjea-shapes/checkpoint.pt --within shape style colour pose
+    python eval_linear.py runs/sjea-shapes/checkpoint.pt --shots 1 5 20 --augmented 20 --fine-tune 20 --supervised 20
 
 The checkpoint says which method, encoder and dataset it belongs to. Projectors are left out: what is
-judged is each encoder's pooled map, with all encoders frozen (S-JEA section 4.1). Two baselines stand
-beside it, raw pixels and the same encoder before training. Features are computed once, without
-augmentation. Writes eval.json beside the checkpoint.
+judged is each encoder's pooled map, with all encoders frozen (S-JEA section 4.1), and, where there are
+several levels, all of them side by side. Two baselines stand beside it, raw pixels and the same encoder
+before training. Features are computed once, without augmentation; --augmented trains the linear layer as
+the papers do, on a new crop and flip of every image in every epoch. Writes eval.json beside the checkpoint.
 """
 import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import nn
+from tqdm import trange
 
 import common
 
 MODELS = {"vicreg": "VICReg", "sjea": "SJEA", "ijepa": "JEPA", "cjepa": "JEPA"}  # method's script: its model class
 
-# ---- the probe ------------------------------------------------------------------------------
+# ---- protocols on fixed features ------------------------------------------------------------
 
 
 def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
@@ -46,15 +54,99 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
         return loss
 
     solver.step(objective)
-    top = F.linear(x_test, W, b).topk(min(5, classes)).indices                                    # [N_test, 5]
-    hits = (top == y_test[:, None]).float()
+    return top1_top5(F.linear(x_test, W, b), y_test)
+
+
+def top1_top5(logits, y):
+    top = logits.topk(min(5, logits.shape[1])).indices                                      # [N, 5]
+    hits = (top == y[:, None]).float()
     return hits[:, 0].mean().item(), hits.sum(1).mean().item()
 
 
-def judge(features, test_features, y, y_test):
+def judge(features, test_features, y, y_test, k=80, temperature=0.1):
     """All scores of one set of features: {"linear_top1", "linear_top5", "knn_top1"} in [0, 1]."""
     top1, top5 = linear_probe(features, y, test_features, y_test)
-    return {"linear_top1": top1, "linear_top5": top5, "knn_top1": common.knn(features, y, test_features, y_test)}
+    return {"linear_top1": top1, "linear_top5": top5, "knn_top1": common.knn(features, y, test_features, y_test, k, temperature)}
+
+
+def draw_shots(y, shots, seed):
+    """Indices of `shots` random images of every class of y [N], or of that share of each class where shots < 1."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    number = lambda of: max(1, round(shots * len(of))) if shots < 1 else int(shots)
+    return torch.cat([of[:number(of)] for of in (order[y[order] == c] for c in y.unique())])
+
+
+def few_shot(features, test_features, y, y_test, shots, draws=5):
+    """{"mean", "std"} of the linear probe's top-1 over `draws` stratified subsets of train (I-JEPA: 1 % of ImageNet)."""
+    chosen = [draw_shots(y, shots, seed) for seed in range(draws)]
+    top1 = torch.tensor([linear_probe(features[i.to(features.device)], y[i], test_features, y_test)[0] for i in chosen])
+    return {"mean": top1.mean().item(), "std": top1.std().item()}
+
+
+def within(features, test_features, y, y_test, sub, sub_test):
+    """How well sub-categories can be told apart inside each class, the mean over the classes of y.
+
+    {"linear_top1", "knn_top1"}: accuracy, given the class, beside "chance_top1", the share of the largest
+    sub-category; {"nmi", "rand"}: agreement of a k-means clustering of the class's test images with their true
+    sub-categories; a random one has an adjusted Rand index of 0 and, with so few images, "chance_nmi".
+    """
+    ## S-JEA claims that its higher stack holds sub-categories, and shows t-SNE maps. This measures it.
+    rows = []
+    for c in y.unique():
+        train, test = (y == c).to(features.device), (y_test == c).to(features.device)
+        names, s = sub[y == c].unique(return_inverse=True)
+        s_test = torch.searchsorted(names, sub_test[y_test == c])
+        x, x_test = features[train], test_features[test]
+        scores = judge(x, x_test, s, s_test, k=min(80, len(x) // len(names)))
+        scaled = ((x_test - x.mean(0)) / (x.std(0) + 1e-6)).cpu().numpy()
+        clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(scaled)
+        shuffled = np.random.default_rng(0).permuted(np.tile(clusters, (20, 1)), axis=1)
+        rows.append({"linear_top1": scores["linear_top1"], "knn_top1": scores["knn_top1"],
+                     "chance_top1": s_test.bincount().max().item() / len(s_test),
+                     "nmi": normalized_mutual_info_score(s_test, clusters),
+                     "chance_nmi": np.mean([normalized_mutual_info_score(s_test, random) for random in shuffled]),
+                     "rand": adjusted_rand_score(s_test, clusters)})
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+# ---- protocols that train on images ---------------------------------------------------------
+
+
+def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
+    """A linear layer on each level, trained on new crops and flips. Returns {level: (top-1, top-5)} on test.
+
+    frozen: the encoder stays as it is (the papers' linear protocol) and its features are standardised by a
+    BN without parameters; otherwise the whole encoder is trained along (fine-tuning, or from scratch).
+    """
+    x, y = data.train_images, data.train_labels[label].to(args.device)
+    with torch.no_grad():
+        width = {level: model.representations(common.normalise(x[:2] / 255))[level].shape[1] for level in levels}
+    torch.manual_seed(args.seed)
+    heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width[level], affine=False), nn.Linear(width[level], int(y.max()) + 1))
+                          for level in levels).to(args.device)
+    model.requires_grad_(not frozen)
+    if frozen:
+        optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr, weight_decay=0.05)
+    batch = min(128, len(x))
+    per_epoch = len(x) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * per_epoch, pct_start=0.1)
+    view, generator = common.View((0.3, 1.0), p_jitter=0.0, p_grey=0.0), torch.Generator(args.device).manual_seed(args.seed)
+    for _ in trange(epochs, desc="epochs", leave=False):
+        model.train(not frozen)
+        for chosen in torch.randperm(len(x), generator=generator, device=args.device)[:per_epoch * batch].split(batch):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+                h = model.representations(common.augment(x[chosen], view, args.image_size, generator))
+                loss = sum(F.cross_entropy(head(h[level]).float(), y[chosen]) for level, head in zip(levels, heads))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    heads.eval()
+    features = common.extract(model, data.test_images, args)
+    with torch.no_grad():
+        return {level: top1_top5(head(features[level]), data.test_labels[label].to(args.device)) for level, head in zip(levels, heads)}
 
 
 # ---- arguments ------------------------------------------------------------------------------
@@ -62,9 +154,16 @@ def judge(features, test_features, y, y_test):
 
 def arguments(argv=None):
     parser = common.Parser(__doc__)
-    add = parser.add_argument
+    add, number = parser.add_argument, common.number
     add("checkpoint", type=Path, help="checkpoint.pt of a run")
     add("--labels", nargs="+", help="which labels of the dataset to read out (default: its first)")
+    add("--within", nargs="+", metavar=("CLASS", "SUB"), help="how well the labels SUB are told apart inside each class of the label CLASS")
+    add("--shots", nargs="+", type=number(float, 1e-6), help="few-shot: labelled images per class, or below 1 the share of each class; 5 draws")
+    add("--augmented", type=number(int, 1), metavar="EPOCHS", help="the papers' linear protocol: SGD on new crops and flips for so many epochs")
+    add("--fine-tune", type=number(int, 1), metavar="EPOCHS", help="train the whole encoder on the labels")
+    add("--supervised", type=number(int, 1), metavar="EPOCHS", help="the same from scratch: the ceiling of this network and recipe")
+    add("--k", type=number(int, 1), default=80, help="neighbours that vote in k-NN")
+    add("--temperature", type=number(float, 1e-3), default=0.1, help="a vote counts exp(cosine similarity / temperature)")
     add("--data-dir", help="where the dataset lies now (default: where it lay in training)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     return parser.parse_args(argv)
@@ -137,31 +236,56 @@ def main(argv=None, data=None):
     ## A checkpoint from a stranger must not decide where a download goes.
     data = data or common.load_dataset(args, download=options.data_dir is not None)
     labels = options.labels or list(data.train_labels)[:1]
-    for label in labels:
-        if label not in data.train_labels:
-            raise common.Unusable(f"argument --labels: {args.dataset} has no label {label}; it has {', '.join(data.train_labels)}")
+    for flag, names in (("--labels", labels), ("--within", options.within or ())):
+        for name in names:
+            if name not in data.train_labels:
+                raise common.Unusable(f"argument {flag}: {args.dataset} has no label {name}; it has {', '.join(data.train_labels)}")
+    if options.within and len(options.within) < 2:
+        raise common.Unusable(f"argument --within: {options.within[0]} is the class; name one label or more to be told apart inside it")
 
     parts = (data.train_images, data.test_images)
     features = {level: pair for level, *pair in zip_levels(common.extract(model, x, args) for x in parts)}
     levels = list(features)
+    if args.method == "sjea" and len(levels) > 1:
+        features["+".join(levels)] = [torch.cat(part, dim=1) for part in zip(*(features[level] for level in levels))]
+    own = list(features)
     for level, *pair in zip_levels(common.extract(untrained(args), x, args) for x in parts):
         features[f"untrained {level}"] = pair
     small = min(32, args.image_size)           # raw pixels of larger images fit neither a memory nor a classifier
     features["raw pixels"] = [common.resize(x, small).flatten(1).float() / 255 for x in parts]      # [N, 3 * small * small]
 
+    split = f"{len(data.test_images)} {'held-out' if args.holdout else 'test'} images"
+    y = {label: (data.train_labels[label], data.test_labels[label]) for label in data.train_labels}
     scores = {}
     for label in labels:
-        scores[label] = {name: judge(*pair, data.train_labels[label], data.test_labels[label]) for name, pair in features.items()}
-        print(f"\n{args.method} on {args.dataset}: {label}, {len(data.test_images)} {'held-out' if args.holdout else 'test'} images")
-        print(f"{'level':<18}{'linear top-1 %':>15}{'top-5 %':>10}{'k-NN %':>10}")
-        for name, score in scores[label].items():
-            print(f"{name:<18}{100 * score['linear_top1']:>15.1f}{100 * score['linear_top5']:>10.1f}{100 * score['knn_top1']:>10.1f}")
+        scores[label] = {name: judge(*pair, *y[label], options.k, options.temperature) for name, pair in features.items()}
+        table(f"{args.method} on {args.dataset}: {label}, {split}", ("linear top-1 %", "top-5 %", "k-NN %"), scores[label])
     first = scores[labels[0]]
-    result = {"method": args.method, "dataset": args.dataset, "label": labels[0],
-              "levels": {level: first[level] for level in levels},
-              "baselines": {name: first[name] for name in features if name not in levels}, "labels": scores}
+    result = {"method": args.method, "dataset": args.dataset, "label": labels[0], "levels": {level: first[level] for level in own},
+              "baselines": {name: first[name] for name in features if name not in own}, "labels": scores}
+
+    for shots in options.shots or ():
+        name = f"{shots:g} per class" if shots >= 1 else f"{100 * shots:g} % of each class"
+        result.setdefault("few_shot", {})[name] = {level: few_shot(*pair, *y[labels[0]], shots) for level, pair in features.items()}
+        table(f"{labels[0]} from {name}, linear top-1, 5 draws", ("mean %", "std %"), result["few_shot"][name])
+    for sub in (options.within or ())[1:]:
+        result.setdefault("within", {})[sub] = {level: within(*pair, *y[options.within[0]], *y[sub]) for level, pair in features.items()}
+        table(f"{sub} inside each {options.within[0]}", ("linear top-1 %", "k-NN %", "largest share %", "NMI %", "NMI, chance %", "Rand %"), result["within"][sub])
+    for name, epochs, lr, start in (("augmented", options.augmented, 0.1, model), ("fine_tune", options.fine_tune, 1e-3, model),
+                                    ("supervised", options.supervised, 1e-3, None)):
+        if epochs:                             # one linear layer per level is trained at once; the rest has one level, the last
+            chosen = levels if name == "augmented" else levels[-1:] if args.method == "sjea" else levels[:1]
+            top = train_classifier(start or untrained(args), chosen, data, labels[0], args, epochs, lr, frozen=name == "augmented")
+            result[name] = {"epochs": epochs, "levels": {level: {"top1": top1, "top5": top5} for level, (top1, top5) in top.items()}}
+            table(f"{labels[0]}, {name.replace('_', '-')}, {epochs} epochs", ("top-1 %", "top-5 %"), result[name]["levels"])
     common.write(options.checkpoint.with_name("eval.json"), lambda file: file.write(json.dumps(result, indent=2).encode()))
     print(f"\nTo read out more: python eval_linear.py {options.checkpoint} --labels {' '.join(data.train_labels)}")
+
+
+def table(title, columns, rows):
+    print(f"\n{title}\n{'level':<18}" + "".join(f"{column:>16}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:<18}" + "".join(f"{100 * value:>16.1f}" for value in row.values()))
 
 
 def zip_levels(extracted):

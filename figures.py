@@ -1,0 +1,424 @@
+"""The papers' figures, from checkpoints, and a page to look around in the embedding.
+
+    python figures.py runs/sjea-shapes/checkpoint.pt
+    python figures.py runs/ijepa-cifar10/checkpoint.pt runs/cjepa-cifar10/checkpoint.pt --only attention
+
+Writes PNG files and index.html beside the first checkpoint; further ones are drawn into the same axes, or
+beside the first. All are drawn from test images (held-out ones after --holdout) and the run's log.
+"""
+import base64
+import copy
+import importlib
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.manifold import TSNE
+
+import common
+import eval_linear
+
+COLOURS = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499", "#777777"]  # Tol's "muted"
+MARKERS = "os^vDP*X<>"                         # the next ten classes have the same colours and the next marker
+
+
+@dataclass
+class Run:
+    """A checkpoint with its images and, per level, its features of them."""
+    path: Path
+    args: object
+    model: torch.nn.Module
+    history: list
+    images: torch.Tensor                       # [N, 3, S, S] uint8
+    labels: dict                               # {name: [N]}
+    features: dict                             # {level: [N, D]}
+
+    @property
+    def name(self):
+        return self.path.parent.name
+
+
+def load_run(path, options, shared=None):
+    """The Run of a checkpoint, on at most --images test images; on those of `shared` where it had the same data."""
+    model, args = eval_linear.load(path, options.device, options.data_dir)
+    same = ("dataset", "data_dir", "image_size", "holdout")
+    if shared and all(getattr(args, name) == getattr(shared.args, name) for name in same):
+        images, labels = shared.images, shared.labels
+    else:
+        data = common.load_dataset(args, download=options.data_dir is not None)
+        chosen = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:options.images]
+        images, labels = data.test_images[chosen], {name: y[chosen] for name, y in data.test_labels.items()}
+    return Run(path, args, model, common.load_checkpoint(path)["history"], images, labels, common.extract(model, images, args))
+
+
+def style(c):
+    """Colour and marker of class c."""
+    return dict(color=COLOURS[c % 10], marker=MARKERS[c // 10 % 10])
+
+
+def picture(image):
+    """[3, H, W], uint8 or ImageNet-normalised -> [H, W, 3] in [0, 1]."""
+    if image.dtype != torch.uint8:
+        image = (image * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[:, None, None]) * 255
+    return image.permute(1, 2, 0).float().clamp(0, 255).cpu().numpy() / 255
+
+
+def panels(rows, columns, size=3.0):
+    figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def embed(features):
+    """t-SNE of features [N, D] by the cosine between them -> [N, 2] in [0, 1]."""
+    features = torch.nn.functional.normalize(features.float(), dim=1).cpu().numpy()
+    points = TSNE(perplexity=min(30, len(features) / 4), init="pca", random_state=0).fit_transform(features)
+    return (points - points.min(0)) / (np.ptp(points, axis=0) + 1e-9)
+
+
+# ---- figures: each takes the runs and returns a Figure, or None where it does not apply ------
+
+
+def tsne(runs):
+    """Every level's map of the test images, coloured by class (S-JEA Figure 2)."""
+    columns = [(run, level) for run in runs for level in run.features]
+    figure, axes = panels(1, len(columns), 5)
+    for axis, (run, level) in zip(axes.flat, columns):
+        points, (label, y) = embed(run.features[level]), next(iter(run.labels.items()))
+        for c in y.unique().tolist():
+            axis.scatter(*points[y == c].T, s=9, label=f"{c}", **style(c))
+        axis.set(title=f"{run.name}: level {level}, t-SNE by {label}")
+    axes[0, -1].legend(title=label, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    return figure
+
+
+def one_class(runs):
+    """The first class alone, its images drawn at their points: are there groups within it? (S-JEA Figure 3)"""
+    columns = [(run, level) for run in runs for level in run.features]
+    figure, axes = panels(1, len(columns), 8)
+    for axis, (run, level) in zip(axes.flat, columns):
+        label, y = next(iter(run.labels.items()))
+        chosen = (y == y.min()).nonzero()[:150, 0]
+        for i, point in zip(chosen.tolist(), embed(run.features[level][chosen])):
+            box = OffsetImage(picture(run.images[i]), zoom=26 / run.images.shape[-1])
+            axis.add_artist(AnnotationBbox(box, point, frameon=False, pad=0))
+        axis.set(title=f"{run.name}: level {level}, t-SNE of {label} {int(y.min())} alone", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return figure
+
+
+def covariance(runs):
+    """The covariance term of every stack over training; give a second run with --stack-weights to compare (S-JEA Figure 4)."""
+    return over_epochs(runs, "covariance term c(Z), unweighted",
+                       lambda row: {name.removeprefix("covariance").strip("_") or "0": value for name, value in row.items() if name.startswith("covariance")})
+
+
+def accuracy(runs):
+    """k-NN accuracy over training, all runs on one axis (C-JEPA's convergence figure)."""
+    return over_epochs(runs, "k-NN accuracy on test, %", lambda row: {level: 100 * value for level, value in row.get("knn", {}).items()})
+
+
+def over_epochs(runs, what, values):
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for k, run in enumerate(runs):
+        rows = [(row["epoch"], values(row)) for row in run.history if values(row)]
+        for j, level in enumerate(rows[0][1] if rows else ()):
+            axis.plot([epoch for epoch, _ in rows], [value[level] for _, value in rows], label=f"{run.name}: level {level}",
+                      color=COLOURS[(k * 3 + 6 * j) % 9], marker=MARKERS[j], linestyle=["-", "--"][j % 2])
+    if not axis.lines:
+        return None
+    axis.set(title=what, xlabel="epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def views(runs):
+    """What the two branches see: images, and the two random views of each that are to agree."""
+    run = runs[0]
+    script = importlib.import_module(run.args.method)
+    if not hasattr(script, "transformations"):
+        return None
+    x, generator = run.images[:8], torch.Generator(run.args.device).manual_seed(0)
+    figure, axes = panels(3, 8, 1.4)
+    rows = [x, *(common.augment(x, view, run.args.image_size, generator) for view in script.transformations(run.args))]
+    for row, name, images in zip(axes, ("image", "view 1", "view 2"), rows):
+        row[0].set_ylabel(name)
+        for axis, image in zip(row, images):
+            axis.imshow(picture(image))
+    figure.suptitle(f"{run.name}: two random views of every image, --augmentation {run.args.augmentation}")
+    return figure
+
+
+def spectrum(runs):
+    """Eigenvalues of the covariance of every level's features: a line that falls off a cliff is a collapse at a glance."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for k, run in enumerate(runs):
+        for j, (level, z) in enumerate(run.features.items()):
+            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov()).flip(0).clamp(min=1e-12).cpu()
+            axis.plot(range(1, len(eigenvalues) + 1), (eigenvalues / eigenvalues.sum()).numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 6 * j) % 9],
+                      label=f"{run.name}: level {level}, effective rank {common.effective_rank(z):.1f}")
+    axis.set(title="spectrum of the features' covariance", xlabel="eigenvalue, by size", ylabel="share of the variance", yscale="log", ylim=(1e-7, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def masks(runs):
+    """Six draws of every masking strategy: the context in colour, targets outlined, all else grey (I-JEPA's table)."""
+    run = runs[0]
+    script = importlib.import_module(run.args.method)
+    if not hasattr(script, "draw_masks"):
+        return None
+    strategies, p, grid = ("multiblock", "rasterized", "block", "random"), run.args.patch_size, run.args.image_size // run.args.patch_size
+    figure, axes = panels(len(strategies), 6, 1.6)
+    for row, strategy in zip(axes, strategies):
+        args = copy.copy(run.args)
+        args.masking = strategy
+        context, targets = script.draw_masks(args, args.batch_size, torch.Generator().manual_seed(0))  # the cut of the context is the batch's
+        row[0].set_ylabel(strategy)
+        for axis, image, seen, blocks in zip(row, run.images, context, targets):
+            shown = np.full((grid * p, grid * p, 3), 0.85)
+            for i in seen.tolist():
+                where = np.s_[i // grid * p:(i // grid + 1) * p, i % grid * p:(i % grid + 1) * p]
+                shown[where] = picture(image)[where]
+            axis.imshow(shown)
+            for k, block in enumerate(blocks):
+                inside = torch.zeros(grid + 2, grid + 2)
+                inside[block // grid + 1, block % grid + 1] = 1
+                outline = inside.repeat_interleave(8, 0).repeat_interleave(8, 1)
+                extent = np.array([-1, grid + 1, grid + 1, -1]) * p - 0.5
+                axis.contour(outline.numpy(), [0.5], colors=COLOURS[6 - k % 4 * 2], linewidths=1.5, extent=extent[[0, 1, 3, 2]])
+            axis.set(xlim=(-1, grid * p), ylim=(grid * p, -1))
+    figure.suptitle(f"{run.name}: context (in colour) and targets (outlined) by --masking")
+    return figure
+
+
+@torch.no_grad()
+def predictions(runs):
+    """What is predicted, made visible: every predicted patch is shown as the real patch whose features are nearest."""
+    run = runs[0]
+    if not hasattr(run.model, "predictor") or run.model.pixels:
+        return None
+    script, p, grid, n = importlib.import_module(run.args.method), run.args.patch_size, run.args.image_size // run.args.patch_size, 6
+    scale = lambda images: common.normalise(images.float() / 255)
+    context, targets = (m[:n].to(run.args.device) for m in script.draw_masks(run.args, run.args.batch_size, torch.Generator().manual_seed(1)))
+    s_hat, _ = run.model(scale(run.images[:n]), context, targets)                           # [n, M, Nt, D]
+    others = run.images[n:n + 500]             # never the image itself
+    bank = torch.nn.functional.layer_norm(run.model.target_encoder(scale(others)), s_hat.shape[-1:]).flatten(0, 1)
+    pixels = common.patches(others.float(), p).flatten(0, 1)                                # [500 N, 3 p p]
+    figure, axes = panels(3, n, 1.6)
+    for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):
+        nearest = pixels[torch.cdist(s.flatten(0, 1), bank).argmin(1)]                      # [M Nt, 3 p p]
+        shown = torch.full((grid * grid, 3 * p * p), 217.0)
+        shown[seen] = common.patches(image[None].float(), p)[0][seen]
+        filled = shown.clone()
+        filled[block.flatten()] = nearest
+        for axis, patches in zip(column, (shown, filled, common.patches(image[None].float(), p)[0])):
+            axis.imshow(patches.view(grid, grid, 3, p, p).permute(0, 3, 1, 4, 2).reshape(grid * p, grid * p, 3).numpy() / 255)
+    for axis, name in zip(axes[:, 0], ("context", "+ predictions", "image")):
+        axis.set_ylabel(name)
+    figure.suptitle(f"{run.name}: predicted features as the nearest real patches of 500 other images")
+    return figure
+
+
+@torch.no_grad()
+def attention(runs):
+    """How much the patches look at each one in the last block of the target encoder, mean over heads and queries (C-JEPA's figures)."""
+    runs = [run for run in runs if hasattr(run.model, "target_encoder")]
+    if not runs:
+        return None
+    figure, axes = panels(1 + len(runs), 8, 1.6)
+    for axis, image in zip(axes[0], runs[0].images):
+        axis.imshow(picture(image))
+    axes[0, 0].set_ylabel("image")
+    for row, run in zip(axes[1:], runs):
+        encoder, caught = run.model.target_encoder, []
+        hook = encoder.blocks[-1].qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
+        encoder(common.normalise(run.images[:8].float() / 255))
+        hook.remove()
+        q, k, _ = caught[0].unflatten(2, (3, encoder.blocks[-1].heads, -1)).permute(2, 0, 3, 1, 4)
+        weight = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))               # [8, N]: mean over heads and queries
+        grid = math.isqrt(weight.shape[1])
+        for axis, w in zip(row, weight):
+            axis.imshow(w.view(grid, grid).cpu().numpy(), cmap="viridis")
+        row[0].set_ylabel(run.name)
+    figure.suptitle("attention that each patch receives in the target encoder's last block")
+    return figure
+
+
+# ---- the page: a map per level, to be explored -----------------------------------------------
+
+
+def explorer(run, count=1000):
+    """index.html: one self-contained page with the t-SNE map of each level, neighbours and sub-clusters."""
+    images, size = run.images[:count], run.images.shape[-1]
+    columns = 40
+    sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (i % columns * size, i // columns * size))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "webp", quality=80)
+    y = next(iter(run.labels.values()))[:count]
+    levels = {}
+    for level, features in run.features.items():
+        z = torch.nn.functional.normalize(features[:count].float(), dim=1)
+        inside = np.zeros((len(z), 3))         # x, y and cluster within the class
+        for c in y.unique():
+            chosen = (y == c).nonzero()[:, 0]
+            if len(chosen) >= 8:
+                inside[chosen, :2] = embed(features[chosen])
+                inside[chosen, 2] = KMeans(4, n_init=10, random_state=0).fit_predict(z[chosen].cpu())
+        nearest = (z @ z.T).fill_diagonal_(-2).topk(8).indices
+        levels[level] = {"all": embed(features[:count]).round(4).tolist(), "inside": inside.round(4).tolist(), "nearest": nearest.tolist()}
+    data = {"title": f"{run.name}: {run.args.method} on {run.args.dataset}", "size": size, "columns": columns, "levels": levels, "colours": COLOURS,
+            "labels": {name: values[:count].tolist() for name, values in run.labels.items()},
+            "sheet": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()}
+    return PAGE.replace("/*DATA*/", json.dumps(data).replace("<", "\\u003c"))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>embedding</title>
+<style>
+  body { font: 14px system-ui, sans-serif; margin: 1em; color: #222 }
+  #maps { display: flex; flex-wrap: wrap; gap: 1em }
+  canvas { border: 1px solid #ccc; cursor: crosshair }
+  h1 { font-size: 1.2em } h2 { font-size: 1em; margin: 0 0 .3em }
+  .tile { display: inline-block; margin: 2px; background-repeat: no-repeat }
+  select { font: inherit }
+</style>
+<h1 id="title"></h1>
+<p>Hover over a point to see its image, labels and nearest neighbours at each level; click keeps it.
+  Show <select id="class"></select> <span id="hint"></span></p>
+<div id="maps"></div>
+<div id="point"></div>
+<script>
+const data = /*DATA*/;
+const S = 460, zoom = Math.max(1, Math.round(64 / data.size)), names = Object.keys(data.labels), first = data.labels[names[0]];
+const $ = id => document.getElementById(id);
+let chosen = -1, kept = false, only = "all";
+document.title = $("title").textContent = data.title;
+
+function tile(i) {                             // a piece of the sheet of images
+  const side = data.size * zoom, span = document.createElement("span");
+  span.className = "tile";
+  span.style.cssText = `width:${side}px;height:${side}px;background-image:url(${data.sheet});image-rendering:pixelated;` +
+    `background-size:${data.columns * side}px;background-position:-${i % data.columns * side}px -${Math.floor(i / data.columns) * side}px`;
+  span.title = describe(i);
+  return span;
+}
+const describe = i => names.map(name => `${name} ${data.labels[name][i]}`).join(", ");
+const shown = i => only === "all" || first[i] === +only;
+const place = (level, i) => (only === "all" ? level.all[i] : level.inside[i]).slice(0, 2).map((v, k) => 10 + (k ? 1 - v : v) * (S - 20));
+const colour = (level, i) => data.colours[(only === "all" ? first[i] : level.inside[i][2] * 2) % data.colours.length];
+
+function draw() {
+  for (const [name, level] of Object.entries(data.levels)) {
+    const c = $("map " + name).getContext("2d");
+    c.clearRect(0, 0, S, S);
+    const near = chosen < 0 ? [] : level.nearest[chosen];
+    for (let i = 0; i < first.length; i++) {
+      if (!shown(i)) continue;
+      const [x, y] = place(level, i), big = i === chosen || near.includes(i);
+      c.beginPath(); c.arc(x, y, big ? 6 : 3, 0, 7); c.fillStyle = colour(level, i); c.fill();
+      if (big) { c.lineWidth = i === chosen ? 3 : 1; c.strokeStyle = "#000"; c.stroke(); }
+    }
+  }
+  const box = $("point");
+  box.replaceChildren();
+  if (chosen >= 0) {
+    const p = document.createElement("p");
+    p.id = "labels"; p.textContent = `image ${chosen}: ${describe(chosen)}`;
+    box.append(tile(chosen), p);
+    for (const [name, level] of Object.entries(data.levels)) {
+      const row = document.createElement("p");
+      row.append(`nearest at level ${name}: `, ...level.nearest[chosen].map(tile));
+      row.dataset.nearest = level.nearest[chosen].join(" ");
+      box.append(row);
+    }
+  }
+  $("hint").textContent = only === "all" ? "" : "coloured by its 4 k-means clusters at each level";
+}
+
+for (const name of Object.keys(data.levels)) {
+  const box = document.createElement("div"), head = document.createElement("h2"), canvas = document.createElement("canvas");
+  head.textContent = "level " + name; canvas.id = "map " + name; canvas.width = canvas.height = S;
+  const find = event => {
+    const r = canvas.getBoundingClientRect(), at = [event.clientX - r.left, event.clientY - r.top];
+    let best = -1, least = 100;
+    for (let i = 0; i < first.length; i++) {
+      const [x, y] = place(data.levels[name], i), d = (x - at[0]) ** 2 + (y - at[1]) ** 2;
+      if (shown(i) && d < least) [best, least] = [i, d];
+    }
+    return best;
+  };
+  canvas.onmousemove = event => { const i = find(event); if (!kept && i >= 0 && i !== chosen) { chosen = i; draw(); } };
+  canvas.onclick = event => { const i = find(event); kept = i >= 0; if (kept) chosen = i; address(); draw(); };
+  box.append(head, canvas); $("maps").append(box);
+}
+$("class").append(new Option("all classes, coloured by " + names[0], "all"),
+  ...[...new Set(first)].sort((a, b) => a - b).map(c => new Option(`${names[0]} ${c} alone, mapped by itself`, c)));
+$("class").onchange = event => { only = event.target.value; if (chosen >= 0 && !shown(chosen)) { chosen = -1; kept = false; } address(); draw(); };
+
+function address() { history.replaceState(null, "", `#class=${only}` + (kept ? `&image=${chosen}` : "")); }  // a link to what is seen
+const wanted = new URLSearchParams(location.hash.slice(1));
+if (wanted.has("class")) { only = wanted.get("class"); $("class").value = only; }
+if (wanted.has("image")) { chosen = +wanted.get("image"); kept = true; }
+draw();
+</script>
+</html>
+"""
+
+# ---- main -----------------------------------------------------------------------------------
+
+FIGURES = {"tsne": tsne, "class": one_class, "covariance": covariance, "accuracy": accuracy, "views": views, "spectrum": spectrum,
+           "masks": masks, "predictions": predictions, "attention": attention}
+
+
+def arguments(argv=None):
+    parser = common.Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoints", type=Path, nargs="+", help="checkpoint.pt of one run or more")
+    add("--only", choices=(*FIGURES, "index"), help="one figure, or the page index.html (default: all that apply)")
+    add("--images", type=common.number(int, 40), default=2000, help="test images that are drawn")
+    add("--data-dir", help="where the dataset lies now (default: where it lay in training)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = arguments(argv)
+    runs = []
+    for path in options.checkpoints:
+        runs.append(load_run(path, options, shared=runs[0] if runs else None))
+    folder = options.checkpoints[0].parent
+    for name in [options.only] if options.only else (*FIGURES, "index"):
+        if name == "index":
+            page = explorer(runs[0])
+            path = folder / "index.html"
+            common.write(path, lambda file: file.write(page.encode()))
+        else:
+            figure = FIGURES[name](runs)
+            if figure is None and options.only:
+                raise common.Unusable(f"argument --only: {name} cannot be drawn from a run of {runs[0].args.method}.py")
+            if figure is None:
+                continue
+            path = folder / f"{name}.png"
+            common.write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        print(path)
+
+
+if __name__ == "__main__":
+    common.command_line(main)

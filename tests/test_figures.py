@@ -1,0 +1,182 @@
+"""figures.py: what is drawn against an independent computation, and index.html in a real browser."""
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import conftest
+import eval_linear
+import figures
+
+ALL = {"tsne", "class", "covariance", "accuracy", "views", "spectrum", "masks", "predictions", "attention"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{method: Run} of two epochs on 128 images."""
+    torch.set_num_threads(2)
+    load_shapes, common.load_shapes = common.load_shapes, conftest.tiny_shapes
+    options = figures.arguments(["-", "--images", "60"])
+    made = {}
+    for method in ("sjea", "ijepa"):
+        out = tmp_path_factory.mktemp("figures") / method
+        small = ["--predictor-width", "8", "--predictor-depth", "1"] if method == "ijepa" else ["--width", "4", "--projector", "16-16"]
+        __import__(method).main(["--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--epochs", "2", "--eval-every", "1", "--out", str(out), *small])
+        made[method] = figures.load_run(out / "checkpoint.pt", options)
+    yield made
+    common.load_shapes = load_shapes
+
+
+def test_every_figure_that_applies_is_written(runs, capsys, monkeypatch):
+    for method, missing in (("sjea", {"masks", "predictions", "attention"}), ("ijepa", {"views", "covariance"})):
+        folder = runs[method].path.parent
+        figures.main([str(runs[method].path), "--images", "60"])
+        assert {path.stem for path in folder.glob("*.png")} - {"curves"} == ALL - missing and (folder / "index.html").exists()
+        for path in folder.glob("*.png"):
+            pixels = np.asarray(Image.open(path))
+            assert pixels.shape[0] > 200 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20, path
+        with pytest.raises(common.Unusable, match=f"--only: {min(missing)} cannot be drawn from a run of {method}.py"):
+            figures.main([str(runs[method].path), "--images", "60", "--only", min(missing)])
+
+
+def lines(figure):
+    return {line.get_label(): (list(line.get_xdata()), [float(y) for y in line.get_ydata()]) for line in figure.axes[0].lines}
+
+
+def test_curves_show_the_log(runs):
+    history = [json.loads(line) for line in (runs["sjea"].path.parent / "metrics.jsonl").read_text().splitlines()]
+    for stack in ("0", "1"):
+        assert lines(figures.covariance([runs["sjea"]]))[f"sjea: level {stack}"] == ([1, 2], [row[f"covariance_{stack}"] for row in history])
+        assert lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))[f"sjea: level {stack}"] == ([1, 2], [100 * row["knn"][stack] for row in history])
+    assert set(lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))) == {"sjea: level 0", "sjea: level 1", "ijepa: level target", "ijepa: level context"}
+
+
+def test_spectrum_is_that_of_the_covariance(runs):
+    drawn = lines(figures.spectrum([runs["sjea"]]))
+    for level, z in runs["sjea"].features.items():
+        expected = np.linalg.svd(z.double().numpy() - z.double().numpy().mean(0), compute_uv=False) ** 2
+        label = next(label for label in drawn if f"level {level}," in label)
+        assert drawn[label][1][:len(expected)] == pytest.approx(list(expected / expected.sum()), abs=1e-4)
+
+
+def test_tsne_colours_every_image_by_its_class(runs):
+    run = runs["sjea"]
+    for axis, level in zip(figures.tsne([run]).axes, run.features):
+        assert level in axis.get_title()
+        shown = {scatter.get_label(): len(scatter.get_offsets()) for scatter in axis.collections}
+        assert shown == {str(c): n for c, n in enumerate(run.labels["shape"].bincount().tolist()) if n}
+
+
+def test_embed_keeps_neighbours_together():
+    """Three far clusters: every point's nearest neighbour in the map is of its own cluster."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    points = figures.embed(5 * torch.eye(3, 12)[y] + torch.randn(90, 12, generator=generator) / 4)
+    distance = np.linalg.norm(points[:, None] - points, axis=2) + 9 * np.eye(90)
+    assert points.min() == 0 and points.max() == pytest.approx(1) and (y[distance.argmin(1)] == y).all()
+
+
+def test_attention_is_the_last_blocks_softmax(runs):
+    """Against a loop over heads and queries in float64."""
+    run = runs["ijepa"]
+    figure, encoder = figures.attention([run]), run.model.target_encoder.double()
+    x = common.patches(common.normalise(run.images[:2].double() / 255), run.args.patch_size)
+    x = encoder.embed(x) + encoder.position
+    for block in encoder.blocks[:-1]:
+        x = block(x)
+    block = encoder.blocks[-1]
+    for image in range(2):
+        q, k, _ = block.qkv(block.norm1(x[image])).view(64, 3, block.heads, -1).unbind(1)
+        total = torch.zeros(64, dtype=torch.float64)
+        for head in range(block.heads):
+            for query in range(64):
+                logits = torch.stack([q[query, head] @ k[key, head] for key in range(64)]) / q.shape[-1] ** 0.5
+                total += logits.softmax(0)
+        drawn = figure.axes[8 + image].images[0].get_array()
+        assert torch.allclose(torch.as_tensor(np.array(drawn)).double().flatten(), total / (64 * block.heads), atol=1e-6)
+    encoder.float()
+
+
+def test_masks_show_context_and_targets(runs):
+    """Grey outside the context, the image's own pixels inside; as many outlines as targets."""
+    run = runs["ijepa"]
+    figure = figures.masks([run])
+    for row, count in enumerate((4, 3, 1, 1)):
+        axis, image = figure.axes[6 * row], figures.picture(run.images[0])
+        shown = np.array(axis.images[0].get_array())
+        same, grey = (abs(shown - image) < 1e-6).all(2), (shown == 0.85).all(2)
+        assert (same | grey).all() and 0.1 < same.mean() < 0.6
+        assert len(axis.collections) == count
+
+
+def test_predictions_are_patches_of_other_images(runs):
+    """Every predicted patch is one of the other images', the one whose target features are nearest (by a loop)."""
+    run = runs["ijepa"]
+    figure = figures.predictions([run])
+    context, targets = (m[:6] for m in __import__("ijepa").draw_masks(run.args, 32, torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        s_hat, _ = run.model(common.normalise(run.images[:6].float() / 255), context, targets)
+        s = run.model.target_encoder(common.normalise(run.images[6:].float() / 255))
+        s = torch.nn.functional.layer_norm(s, s.shape[-1:])
+    shown = np.array(figure.axes[6].images[0].get_array())                 # image 0, second row
+    j = targets[0, 3, 5].item()                                            # the last block is never drawn over
+    distances = [[(s_hat[0, 3, 5] - s[n, m]).norm().item() for m in range(64)] for n in range(len(s))]
+    n, m = np.unravel_index(np.argmin(distances), (len(s), 64))
+    cut = lambda image, i: image[i // 8 * 4:i // 8 * 4 + 4, i % 8 * 4:i % 8 * 4 + 4]
+    assert np.allclose(cut(shown, j), cut(figures.picture(run.images[6 + n]), m), atol=1e-6)
+
+
+def test_views_are_those_of_training(runs):
+    figure = figures.views([runs["sjea"]])
+    images = [np.array(axis.images[0].get_array()) for axis in figure.axes]
+    assert np.allclose(images[0], figures.picture(runs["sjea"].images[0]))
+    assert all(0 <= image.min() and image.max() <= 1 for image in images)
+    assert not np.allclose(images[8], images[16])
+
+
+def page_data(run):
+    return json.loads(re.search(r"const data = (\{.*\});", figures.explorer(run)).group(1))
+
+
+def test_the_page_holds_images_labels_and_neighbours(runs):
+    run, data = runs["sjea"], page_data(runs["sjea"])
+    assert data["labels"] == {name: y.tolist() for name, y in run.labels.items()}
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["sheet"].split(",")[1]))).convert("RGB")).astype(int)
+    for i in (0, 41, 59):
+        tile = sheet[i // 40 * 32:i // 40 * 32 + 32, i % 40 * 32:i % 40 * 32 + 32]
+        assert abs(tile - run.images[i].permute(1, 2, 0).numpy()).mean() < 12
+    for level, z in run.features.items():
+        for i in (3, 30):
+            cosine = [(torch.dot(z[i], z[j]) / z[i].norm() / z[j].norm()).item() if j != i else -2 for j in range(len(z))]
+            assert set(data["levels"][level]["nearest"][i]) == set(np.argsort(cosine)[-8:].tolist())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@pytest.mark.parametrize("address, chosen, only", [("#class=all&image=7", 7, False), ("#class=2", None, True)])
+def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
+    """Without a network: a chosen image shows its labels and neighbours at each level, a chosen class its clusters."""
+    run, page = runs["sjea"], tmp_path / "index.html"
+    page.write_text(figures.explorer(run))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert f"sjea: sjea on shapes</h1>" in dom and dom.count("<canvas") == 2
+    assert ('id="hint">coloured by its 4 k-means clusters' in dom) == only
+    data = page_data(run)
+    if chosen is not None:
+        assert f"image {chosen}: " + ", ".join(f"{name} {y[chosen]}" for name, y in data["labels"].items()) in dom
+        for level in data["levels"].values():
+            assert f'data-nearest="{" ".join(map(str, level["nearest"][chosen]))}"' in dom
+    else:
+        assert 'id="labels"' not in dom
