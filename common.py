@@ -741,7 +741,7 @@ def train(args, model, training_step, data, after_step=None):
     first, sums, seconds, history = 0, [], 0.0, []                # sums and seconds: of the epoch so far
 
     with claimed(out, args.resume), stop_signals() as signals, \
-            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, delay=0.5, leave=False) as bar:
+            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False) as bar:
         if args.resume:
             first, sums, seconds, history = restore(args, model, optimizer, per_epoch)
         config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -775,22 +775,18 @@ def train(args, model, training_step, data, after_step=None):
                 after_step(forward, args, step / max(1, steps - 1))
             terms = {"loss": loss, **terms}
             unread.append(torch.stack([term.detach() for term in terms.values()]))
+            bar.update()
 
             last = i + 1 == per_epoch
             save = last or signals or time.monotonic() - saved > 60 * args.checkpoint_minutes
             if save or i % 20 == 0:                               # reading a value waits for the device
-                for t, values in enumerate(torch.stack(unread).tolist(), step + 1 - len(unread)):
-                    for name, value in reversed(list(zip(terms, values))):
-                        if not math.isfinite(value):
-                            raise RunFailed(f"{name} is {value} at step {t}; what was saved in {out} is from before. Try a lower --lr.")
-                    sums = [total + value for total, value in zip(sums or [0.0] * len(values), values)]
+                sums = add_up(sums, unread, list(terms), step)
+                bar.set_postfix(loss=f"{unread[-1][0]:.3f}", refresh=False)
                 unread = []
-                bar.set_postfix(loss=f"{values[0]:.3f}", refresh=False)
-            bar.update()
             if not save:
                 continue
             if not all(torch.isfinite(p).all() for p in model.parameters()):
-                raise RunFailed(f"the weights are not finite after step {step}; what was saved in {out} is from before. Try a lower --lr.")
+                raise RunFailed(f"the weights are not finite after step {step}; what was saved is from before. Try a lower --lr.")
             seconds = time.perf_counter() - began
             if last:
                 row = {"epoch": epoch + 1, **{name: total / per_epoch for name, total in zip(terms, sums)},
@@ -799,9 +795,7 @@ def train(args, model, training_step, data, after_step=None):
                        "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
                        "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
                 if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
-                    features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
-                    label, y = next(iter(data.train_labels.items()))
-                    row["knn"] = {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
+                    row["knn"] = knn_by_level(args, model, data)
                 history.append(row)
                 report(row, args.epochs, history)
                 sums, seconds = [], 0.0
@@ -816,6 +810,16 @@ def train(args, model, training_step, data, after_step=None):
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
                 print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
                 sys.exit(128 + signals[0])
+
+
+def add_up(sums, unread, names, step):
+    """Add the terms of the last steps up to `step`, each a tensor of len(names), to sums. Raises RunFailed at one that is not finite."""
+    for t, values in enumerate(torch.stack(unread).tolist(), step + 1 - len(unread)):
+        for name, value in reversed(list(zip(names, values))):                 # the terms before the loss that they make up
+            if not math.isfinite(value):
+                raise RunFailed(f"{name} is {value} at step {t}; what was saved is from before. Try a lower --lr.")
+        sums = [total + value for total, value in zip(sums or [0.0] * len(values), values)]
+    return sums
 
 
 @contextmanager
@@ -1025,6 +1029,13 @@ def extract(model, images, args):
             parts.append({level: y.float() for level, y in model.representations(x).items()})
     model.train(training)
     return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+
+
+def knn_by_level(args, model, data):
+    """{level: k-NN accuracy} for the dataset's first label."""
+    features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
+    label, y = next(iter(data.train_labels.items()))
+    return {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
 
 
 def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):

@@ -511,7 +511,7 @@ def test_sjea_trains_on_stl10_end_to_end(stl10, tmp_path):
         sjea.main(["--stacks", "2", "--dataset", "stl10", "--data-dir", str(stl10[0]), "--width", "64", "--epochs", "1", "--batch-size", "4",
                    "--device", "cpu", "--out", str(tmp_path / "run")])
     assert read[:2] == [(4, 512, 3, 3)] * 2                               # one step, two views
-    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())["levels"]) == {"0", "1"}
+    assert set(json.loads((tmp_path / "run" / "eval.json").read_text())["levels"]) == {"0", "1", "0+1"}
 
 
 CORNERS = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], np.uint8)     # red, green / blue, white

@@ -1,9 +1,13 @@
 """eval_linear.py: the probe against scikit-learn, eval.json against its parts, from the checkpoint alone."""
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import common
@@ -47,9 +51,9 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     eval_linear.main([str(out / "checkpoint.pt"), "--labels", "style", "count"])
     result = json.loads((out / "eval.json").read_text())
-    assert set(result["levels"]) == {"0", "1"} and result["label"] == "style"
+    assert set(result["levels"]) == {"0", "1", "0+1"} and result["label"] == "style"
     assert set(result["baselines"]) == {"untrained 0", "untrained 1", "raw pixels"}
-    assert result["levels"] == {level: result["labels"]["style"][level] for level in ("0", "1")}
+    assert result["levels"] == {level: result["labels"]["style"][level] for level in ("0", "1", "0+1")}
 
     model, args = eval_linear.load(out / "checkpoint.pt")
     data = conftest.tiny_shapes(args)
@@ -57,10 +61,10 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
     with torch.no_grad():
         for label in ("style", "count"):
             maps = [model.maps(scale(images)) for images in (data.train_images, data.test_images)]
-            for level in (0, 1):
-                features = [y[level].mean((2, 3)) for y in maps]
+            for level in ("0", "1", "0+1"):                                # "0+1": both, side by side
+                features = [torch.cat([y[int(stack)].mean((2, 3)) for stack in level.split("+")], dim=1) for y in maps]
                 expected = eval_linear.linear_probe(features[0], data.train_labels[label], features[1], data.test_labels[label])
-                assert result["labels"][label][str(level)]["linear_top1"] == pytest.approx(expected[0], abs=0.04)
+                assert result["labels"][label][level]["linear_top1"] == pytest.approx(expected[0], abs=0.04)
         pixels = [images.flatten(1).float() for images in (data.train_images, data.test_images)]
         expected = eval_linear.linear_probe(pixels[0], data.train_labels["style"], pixels[1], data.test_labels["style"])[0]
         assert result["baselines"]["raw pixels"]["linear_top1"] == pytest.approx(expected, abs=0.04)
@@ -70,3 +74,119 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
     trained = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
     assert not torch.equal(untrained.f[0].stem[0].weight, trained["f.0.stem.0.weight"])
     assert torch.equal(model.f[0].stem[0].weight, trained["f.0.stem.0.weight"])
+
+
+# ---- few-shot, sub-categories ----
+
+
+def test_shots_are_stratified_and_reproducible():
+    y = torch.tensor([0] * 50 + [3] * 20 + [7] * 200)[torch.randperm(270, generator=torch.Generator().manual_seed(0))]
+    for shots, counts in ((1, [1, 1, 1]), (5, [5, 5, 5]), (0.1, [5, 2, 20]), (0.001, [1, 1, 1])):
+        chosen = eval_linear.draw_shots(y, shots, seed=3)
+        assert [(y[chosen] == c).sum().item() for c in (0, 3, 7)] == counts and len(chosen.unique()) == sum(counts)
+        assert torch.equal(chosen, eval_linear.draw_shots(y, shots, seed=3))
+    assert not torch.equal(eval_linear.draw_shots(y, 5, seed=3), eval_linear.draw_shots(y, 5, seed=4))
+
+
+def test_few_shot_is_the_mean_of_scikit_learns_probes():
+    """Five draws of 20 per class: scikit-learn's classifier on the same images, within half a point; n - 1 in the deviation."""
+    (x, y), (x_test, y_test) = blobs(1, 2000), blobs(2, 3000)
+    expected = []
+    for seed in range(5):
+        chosen = eval_linear.draw_shots(y, 20, seed)
+        scaler = StandardScaler().fit(x[chosen].double().numpy())
+        reference = LogisticRegression(C=1 / (1e-3 * len(chosen)), max_iter=5000, tol=1e-8).fit(scaler.transform(x[chosen].double().numpy()), y[chosen])
+        expected.append(reference.score(scaler.transform(x_test.double().numpy()), y_test))
+    found = eval_linear.few_shot(x, x_test, y, y_test, 20)
+    assert found["mean"] == pytest.approx(np.mean(expected), abs=0.005)
+    assert found["std"] == pytest.approx(np.std(expected, ddof=1), abs=0.005) and found["std"] > 0.002
+
+
+def test_within_finds_sub_categories_and_only_those():
+    """Well separated ones: all scores 1. Labels at random: accuracy at the share of the largest, agreement as by chance."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: (torch.randint(3, (n,), generator=generator), torch.randint(10, 14, (n,), generator=generator))
+    (y, sub), (y_test, sub_test) = draw(1200), draw(600)
+    centres = 6 * torch.randn(3, 4, 16, generator=generator)
+    features, test_features = (centres[a, b - 10] + torch.randn(len(a), 16, generator=generator) for a, b in ((y, sub), (y_test, sub_test)))
+    clear = eval_linear.within(features, test_features, y, y_test, sub, sub_test)
+    assert all(clear[name] == pytest.approx(1, abs=0.01) for name in ("linear_top1", "knn_top1", "nmi", "rand"))
+    random, random_test = (torch.randint(4, (n,), generator=generator) for n in (1200, 600))
+    noise = eval_linear.within(features, test_features, y, y_test, random, random_test)
+    assert abs(noise["linear_top1"] - 0.25) < 0.08 and abs(noise["knn_top1"] - 0.25) < 0.08 and abs(noise["rand"]) < 0.03
+    assert noise["nmi"] == pytest.approx(noise["chance_nmi"], abs=0.02) and noise["chance_nmi"] < 0.05
+    shares = [max(((y_test == c) & (sub_test == b)).sum().item() for b in range(10, 14)) / (y_test == c).sum().item() for c in range(3)]
+    assert clear["chance_top1"] == pytest.approx(np.mean(shares))
+
+
+def test_within_equals_scikit_learn_class_by_class():
+    """On overlapping sub-categories: its classifier, its scores of its clustering."""
+    from sklearn.cluster import KMeans
+    (x, sub), (x_test, sub_test) = blobs(3, 1500, classes=4), blobs(4, 900, classes=4)
+    y, y_test = torch.arange(1500) % 2, torch.arange(900) % 2
+    found = eval_linear.within(x, x_test, y, y_test, sub, sub_test)
+    linear, nmi, rand = [], [], []
+    for c in (0, 1):
+        scaler = StandardScaler().fit(x[y == c].double().numpy())
+        a, b = (scaler.transform(features.double().numpy()) for features in (x[y == c], x_test[y_test == c]))
+        linear.append(LogisticRegression(C=1 / (1e-3 * len(a)), max_iter=5000).fit(a, sub[y == c]).score(b, sub_test[y_test == c]))
+        clusters = KMeans(4, n_init=10, random_state=0).fit_predict(b)
+        nmi.append(normalized_mutual_info_score(sub_test[y_test == c], clusters))
+        rand.append(adjusted_rand_score(sub_test[y_test == c], clusters))
+    assert found["linear_top1"] == pytest.approx(np.mean(linear), abs=0.005)
+    assert found["nmi"] == pytest.approx(np.mean(nmi), abs=0.03) and found["rand"] == pytest.approx(np.mean(rand), abs=0.03)
+
+
+# ---- protocols that train ----
+
+
+@pytest.fixture
+def checkpoint(tiny_run, monkeypatch):
+    import conftest
+    out = tiny_run("vicreg", "--epochs", "1")
+    monkeypatch.setattr(common, "load_shapes", lambda args: conftest.tiny_shapes(args, 128, 64))
+    return out / "checkpoint.pt"
+
+
+def plain(monkeypatch):
+    monkeypatch.setattr(common, "augment", lambda x, view, size, generator: common.normalise(x.float() / 255))
+
+
+def test_the_papers_linear_protocol_reaches_the_convex_optimum(checkpoint, monkeypatch):
+    """Without augmentation and with many epochs, SGD fits train as logistic regression does; the encoder stays as it was."""
+    plain(monkeypatch)
+    model, args = eval_linear.load(checkpoint)
+    data, before = common.load_dataset(args), copy.deepcopy(model.state_dict())
+    data.test_images, data.test_labels = data.train_images, data.train_labels
+    sgd = eval_linear.train_classifier(model, ["0"], data, "shape", args, 400, 0.3, frozen=True)["0"][0]
+    features = common.extract(model, data.train_images, args)["0"]
+    best = eval_linear.linear_probe(features, data.train_labels["shape"], features, data.train_labels["shape"])[0]
+    assert best > 0.3 and sgd == pytest.approx(best, abs=0.08)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_fine_tuning_changes_the_encoder_and_fits_what_it_is_shown(checkpoint, monkeypatch):
+    plain(monkeypatch)
+    model, args = eval_linear.load(checkpoint)
+    data, before = common.load_dataset(args), copy.deepcopy(model.state_dict())
+    data.test_images, data.test_labels = data.train_images, data.train_labels
+    frozen = eval_linear.train_classifier(model, ["0"], data, "shape", args, 60, 0.1, frozen=True)["0"][0]
+    tuned = eval_linear.train_classifier(model, ["0"], data, "shape", args, 60, 3e-3, frozen=False)["0"][0]
+    assert tuned > frozen + 0.1
+    assert not torch.equal(model.state_dict()["f.stem.0.weight"], before["f.stem.0.weight"])
+
+
+def test_every_protocol_by_flag(checkpoint, capsys):
+    """Its table is printed and eval.json has its numbers."""
+    eval_linear.main([str(checkpoint), "--within", "shape", "style", "--shots", "2", "0.1", "--augmented", "1", "--fine-tune", "1", "--supervised", "1",
+                      "--k", "1"])
+    result, printed = json.loads((checkpoint.parent / "eval.json").read_text()), capsys.readouterr().out
+    assert set(result["few_shot"]) == {"2 per class", "10 % of each class"} and set(result["within"]) == {"style"}
+    assert all(0 <= result[name]["levels"]["0"]["top1"] <= result[name]["levels"]["0"]["top5"] <= 1 for name in ("augmented", "fine_tune", "supervised"))
+    for words in ("from 2 per class", "style inside each shape", "augmented, 1 epochs", "fine-tune, 1 epochs", "supervised, 1 epochs"):
+        assert words in printed
+    model, args = eval_linear.load(checkpoint)
+    data = common.load_dataset(args)
+    x, x_test = (common.extract(model, images, args)["0"].numpy() for images in (data.train_images, data.test_images))
+    nearest = KNeighborsClassifier(1, metric="cosine").fit(x, data.train_labels["shape"]).score(x_test, data.test_labels["shape"])
+    assert result["levels"]["0"]["knn_top1"] == pytest.approx(nearest, abs=0.01)

@@ -79,7 +79,7 @@ def test_without_teaching_comments_the_program_is_the_same():
         assert "##" not in stripped, path
 
 
-@pytest.mark.parametrize("script", METHODS + ["eval_linear.py"])
+@pytest.mark.parametrize("script", METHODS + ["eval_linear.py", "figures.py"])
 def test_help_shows_every_flag_with_a_line(script):
     text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True,
                           env={"COLUMNS": "200", "PATH": ""}).stdout
