@@ -34,14 +34,14 @@ processes.set_forkserver_preload(["conftest", "eval_linear", *METHODS])
 
 def flags(method, out, *more):
     small = ["--predictor-width", "8", "--predictor-depth", "1"] if "jepa" in method else ["--width", "2", "--projector", "8-8"]
-    return ["--batch-size", "16", "--precision", "fp32", "--device", "cpu", "--epochs", "3", *small, "--out", str(out), *more]
+    return ["--batch-size", "16", "--precision", "fp32", "--device", "cpu", "--epochs", "3", "--eval-every", "0", *small, "--out", str(out), *more]
 
 
 def start(method, argv, at_step=None, error=os.devnull):
     """METHOD.py in a process of its own, on 128 images, stderr in the file `error`; at_step(step) is called in every step."""
     torch.set_num_threads(1)                                               # two such processes would wait for each other
     sys.argv, sys.stdout, sys.stderr = [f"{method}.py", *argv], open(os.devnull, "w"), open(error, "w")
-    common.load_shapes = conftest.tiny_shapes
+    common.load_shapes, eval_linear.main = conftest.tiny_shapes, lambda *args: None
     if at_step:
         learning_rate = common.learning_rate
         common.learning_rate = lambda step, *rest: (at_step(step), learning_rate(step, *rest))[1]
@@ -90,30 +90,35 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(method, undisturbed, tmp_path):
     """SIGKILL, again and again, at a random place of a random step; each time what is left is taken up again."""
-    out, draw, whole = tmp_path / "run", random.Random(method), undisturbed(method)
-    for kill in range(int(os.environ.get("KILLS", 5))):
-        goal, wait = draw.randrange(1, 5), draw.random() * 0.05
-        resume = ["--resume"] if any((out / name).exists() for name in common.CHECKPOINTS) else []
-        process = processes.Process(target=start, args=(method, flags(method, out, "--checkpoint-minutes", "0", *resume)))
-        process.start()
-        before = changes = (out / "checkpoint.pt").stat().st_mtime_ns if resume else 0
-        seen = 0
-        while seen < goal and process.is_alive():                          # some steps on, then some milliseconds into a step or a save
-            try:
-                changes = (out / "checkpoint.pt").stat().st_mtime_ns
-            except FileNotFoundError:
-                continue
-            seen, before = seen + (changes != before), changes
-        process.join(wait)
-        process.kill()
-        process.join()
-        found = sorted(path.name for path in out.iterdir())
-        step = max(common.load_checkpoint(out / name)["step"] for name in found if name in common.CHECKPOINTS)
-        print(f"{method}: kill {kill + 1} at step {step} of 24, exit {process.exitcode}, left {' '.join(found)}")
-        if step == 24:
-            break
-    assert run(method, flags(method, out, "--resume"))[0] == 0
-    assert_equal_runs(out, whole)
+    draw, kills = random.Random(method), 0
+    while kills < int(os.environ.get("KILLS", 5)):
+        out, step = tmp_path / f"run {kills}", 0
+        while step < 20 and kills < int(os.environ.get("KILLS", 5)):
+            process = processes.Process(target=start, args=(method, flags(method, out, "--checkpoint-minutes", "0", *["--resume"] * (step > 0))))
+            newest = saved(out)
+            process.start()
+            for _ in range(draw.randrange(1, 5)):
+                while saved(out) in (newest, None) and process.is_alive():
+                    pass
+                newest = saved(out)
+            process.join(draw.random() * 0.05)                             # some milliseconds into a step or a save
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills, found = kills + 1, sorted(path.name for path in out.iterdir())
+            step = max(common.load_checkpoint(out / name)["step"] for name in found if name in common.CHECKPOINTS)
+            print(f"{method}: kill {kills} after step {step} of 24, left {' '.join(found)}")
+        assert run(method, flags(method, out, "--resume"))[0] == 0
+        assert_equal_runs(out, undisturbed(method))
+        print(f"{method}: resumed to the end, equal to the undisturbed run")
+
+
+def saved(out):
+    """When the checkpoint was written; None where there is none, as between the two renames of a save."""
+    try:
+        return (out / "checkpoint.pt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 class Send:
@@ -377,6 +382,9 @@ def test_a_forged_checkpoint_is_refused(where, what, undisturbed, tmp_path):
     change(state, where, what)
     torch.save(state, tmp_path / "checkpoint.pt")
     assert not loads(tmp_path / "checkpoint.pt", "vicreg")
+    if where.startswith(("model", "config")):
+        with pytest.raises(common.Unusable, match="checkpoint.pt: (its|written|a checkpoint)"):
+            eval_linear.load(tmp_path / "checkpoint.pt")
 
 
 def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(undisturbed, tmp_path):
