@@ -268,7 +268,7 @@ def arguments(argv=None):
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
-    add("--predictor-depth", type=number(int, 1), default=3, help="blocks of the predictor")
+    add("--predictor-depth", type=number(int, 1, 64), default=3, help="blocks of the predictor")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
     add("--num-targets", type=number(int, 1), default=4, help="M: target blocks of multiblock")
     add("--target-scale", type=number(float, 0, 1), nargs=2, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")

@@ -195,10 +195,10 @@ RANGES = {  # flag: scripts, kind, smallest and largest value that is taken
     "--image-size": ("vicreg sjea ijepa cjepa", int, 8, 1024), "--lr": ("vicreg sjea ijepa cjepa", float, 0, None),
     "--weight-decay": ("vicreg sjea ijepa cjepa", float, 0, None), "--warmup-epochs": ("vicreg sjea ijepa cjepa", float, 0, None),
     "--seed": ("vicreg sjea ijepa cjepa", int, 0, 2**31), "--eval-every": ("vicreg sjea ijepa cjepa", int, 0, None),
-    "--checkpoint-minutes": ("vicreg sjea ijepa cjepa", float, 0, None), "--width": ("vicreg sjea", int, 1, None),
+    "--checkpoint-minutes": ("vicreg sjea ijepa cjepa", float, 0, None), "--width": ("vicreg sjea", int, 1, 1024),
     "--lambda": ("vicreg sjea", float, 0, None), "--mu": ("vicreg sjea", float, 0, None), "--nu": ("vicreg sjea", float, 0, None),
     "--crop-min": ("vicreg sjea ijepa cjepa", float, 0.01, 1), "--stacks": ("sjea", int, 1, 16), "--ema": ("ijepa cjepa", float, 0, 1),
-    "--patch-size": ("ijepa cjepa", int, 1, None), "--predictor-depth": ("ijepa cjepa", int, 1, None), "--num-targets": ("ijepa cjepa", int, 1, None),
+    "--patch-size": ("ijepa cjepa", int, 1, None), "--predictor-depth": ("ijepa cjepa", int, 1, 64), "--num-targets": ("ijepa cjepa", int, 1, None),
     "--predictor-width": ("ijepa cjepa", int, 4, None), "--weight-decay-end": ("ijepa cjepa", float, 0, None),
     "--beta-vicreg": ("cjepa", float, 0, None), "--beta-sim": ("cjepa", float, 0, None), "--beta-std": ("cjepa", float, 0, None),
     "--beta-cov": ("cjepa", float, 0, None)}
