@@ -870,16 +870,13 @@ def restore(args, model, optimizer, per_epoch):
     Falls back on the checkpoint before, and says so. Raises Unusable where neither can be used.
     """
     out = Path(args.out)
-    newest, previous = (out / name for name in CHECKPOINTS)
+    path, previous = (out / name for name in CHECKPOINTS)
     try:
-        state = load_checkpoint(newest, args.method)
+        state = load_checkpoint(path, args.method)
     except Unusable as error:
         if not previous.exists():
             raise
-        state = load_checkpoint(previous, args.method)
-        tqdm.write(f"warning: {error}; going on from {previous}", file=sys.stderr)
-        os.replace(previous, newest)               # else the next save would keep the damaged one and drop this
-        newest = previous
+        state, path, damage = load_checkpoint(previous, args.method), previous, error
     for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "resume"}):
         if state["config"][name] != getattr(args, name, None):
             raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
@@ -892,9 +889,12 @@ def restore(args, model, optimizer, per_epoch):
             if optimizer.state[p].keys() != names or any(m.dtype != p.dtype or m.shape not in (p.shape, ()) for m in optimizer.state[p].values()):
                 raise ValueError("the optimizer's moments are not those of its weights")
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Unusable(f"{newest}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
+        raise Unusable(f"{path}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
     if len(state["history"]) != state["step"] // per_epoch or state["step"] > args.epochs * per_epoch:
-        raise Unusable(f"{newest}: its log has {len(state['history'])} epochs, which is not where step {state['step']} lies")
+        raise Unusable(f"{path}: its log has {len(state['history'])} epochs, which is not where step {state['step']} lies")
+    if path == previous:
+        tqdm.write(f"warning: {damage}; going on from {previous}", file=sys.stderr)
+        os.replace(previous, out / CHECKPOINTS[0])  # else the next save would keep the damaged one and drop this
     return state["step"], state["sums"], state["seconds"], state["history"]
 
 

@@ -93,7 +93,7 @@ def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(method, undist
     draw, kills = random.Random(method), 0
     while kills < int(os.environ.get("KILLS", 5)):
         out, step = tmp_path / f"run {kills}", 0
-        while step < 20 and kills < int(os.environ.get("KILLS", 5)):
+        while step < 14 and kills < int(os.environ.get("KILLS", 5)):
             process = processes.Process(target=start, args=(method, flags(method, out, "--checkpoint-minutes", "0", *["--resume"] * (step > 0))))
             newest = saved(out)
             process.start()
@@ -104,8 +104,8 @@ def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(method, undist
             process.join(draw.random() * 0.05)                             # some milliseconds into a step or a save
             process.kill()
             process.join()
-            assert process.exitcode == -signal.SIGKILL
-            kills, found = kills + 1, sorted(path.name for path in out.iterdir())
+            assert process.exitcode in (0, -signal.SIGKILL)                # 0: on a busy machine it can be at its end before the kill
+            kills, found = kills + (process.exitcode != 0), sorted(path.name for path in out.iterdir())
             step = max(common.load_checkpoint(out / name)["step"] for name in found if name in common.CHECKPOINTS)
             print(f"{method}: kill {kills} after step {step} of 24, left {' '.join(found)}")
         assert run(method, flags(method, out, "--resume"))[0] == 0
@@ -242,6 +242,16 @@ def test_resume_falls_back_on_the_previous_checkpoint(undisturbed, tmp_path):
     assert common.load_checkpoint(newest)["step"] == 16
     assert run("sjea", flags("sjea", out, "--resume"))[0] == 0
     assert_equal_runs(out, undisturbed("sjea"))
+
+
+def test_a_refused_resume_changes_nothing(undisturbed, tmp_path):
+    """Other settings than the run's, with the last checkpoint damaged: both files stay what and where they are."""
+    out = copy_of(undisturbed("vicreg"), tmp_path / "run")
+    (out / "checkpoint.pt").write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    code, error = run("vicreg", flags("vicreg", out, "--resume", "--lambda", "3"))
+    assert code == 2 and "--lambda: 3.0" in error
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_missing_checkpoint_falls_back_too(undisturbed, tmp_path):

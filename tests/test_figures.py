@@ -168,8 +168,7 @@ def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
     """Without a network: a chosen image shows its labels and neighbours at each level, a chosen class its clusters."""
     run, page = runs["sjea"], tmp_path / "index.html"
     page.write_text(figures.explorer(run))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
+    command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert f"sjea: sjea on shapes</h1>" in dom and dom.count("<canvas") == 2
     assert ('id="hint">coloured by its 4 k-means clusters' in dom) == only
