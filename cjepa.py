@@ -227,21 +227,21 @@ def training_step(model, x, args, generator):
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
     cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # not the numbers of the crop
-    context, targets = draw_masks(args, len(x), cpu_generator)
-    context, targets = context.to(y.device), targets.to(y.device)                           # [B, Nc], [B, M, Nt]
+    masks = draw_masks(args, len(x) * common.process()[1], cpu_generator)                   # of all processes
+    context, targets = (common.share(index).to(y.device) for index in masks)                # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)
-    z = s_hat.float().mean(2)                                                               # pooled predictions [B, M, D]
+    z = common.gather(s_hat.float().mean(2))                              # pooled predictions [B, M, D], of all processes
     if args.views == "blocks":
         pairs = list(itertools.combinations(z.unbind(1), 2))
     else:
-        pairs = [(z.mean(1), take(s_y, targets).mean((1, 2)))]            # the target has no gradient: its v and c are constants
+        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
     ## The M predictions of one image are views of it that no one had to design: their means agree
     ## (s) only where each tells of the whole image; v and c ask them to differ between images.
     losses, terms = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
     loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
     terms = {name: sum(term[name] for term in terms) / len(pairs) for name in terms[0]}
-    return loss, {"prediction": prediction, **terms}, {"target": s_y.mean(1), "prediction": s_hat.mean((1, 2))}
+    return loss, {"prediction": prediction, **terms}, {"target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
@@ -121,6 +122,7 @@ def parse(parser, argv=None):
         raise Unusable(f"argument --out: {error}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise Unusable(f"argument --out: {existing} is not a folder that can be written to")
+    join_processes(args.device)
     return args
 
 
@@ -143,10 +145,15 @@ def bf16_is_fast(device):
 
 def command_line(main):
     """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
+    if int(os.environ.get("RANK", 0)) > 0:     # of torchrun's processes the first alone prints
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Unusable as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except RunFailed as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -423,10 +430,12 @@ class View:
 def draw_view(view, n, height, width, generator):
     """Draw the parameters of n views of [3, height, width] images: {name: [n, ...]}, ranges as in `view`.
 
-    Factors are the neutral 1 (shift 0, sigma 0) where an operation is not drawn. "order" alone is
-    drawn once for all n: the sequence of the four colour operations.
+    Factors are the neutral 1 (shift 0, sigma 0) where an operation is not drawn; sigma is None where none ever is. "order"
+    alone is drawn once for all n: the sequence of the four colour operations.
     """
     device = generator.device
+    # What the host needs to know comes from a generator of its own: reading the device's would wait for it.
+    host = generator if device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed() + generator.get_offset())
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
     happens = lambda p: torch.rand(n, generator=generator, device=device) < p
 
@@ -442,11 +451,12 @@ def draw_view(view, n, height, width, generator):
 
     jitter, (b, c, s, hue) = happens(view.p_jitter), view.jitter
     factor = lambda strength: torch.where(jitter, uniform(max(0, 1 - strength), 1 + strength), 1.0)
-    return {"top": top, "left": left, "height": h, "width": w, "flip": happens(view.p_flip),
-            "order": torch.randperm(4, generator=generator, device=device).tolist() if view.p_jitter else [],
-            "brightness": factor(b), "contrast": factor(c), "saturation": factor(s),
-            "hue": torch.where(jitter, uniform(-hue, hue), 0.0), "grey": happens(view.p_grey),
-            "sigma": torch.where(happens(view.p_blur), uniform(0.1, 2.0), 0.0), "solarize": happens(view.p_solarize)}
+    p = {"top": top, "left": left, "height": h, "width": w, "flip": happens(view.p_flip),
+         "order": torch.randperm(4, generator=host).tolist() if view.p_jitter else [],
+         "brightness": factor(b), "contrast": factor(c), "saturation": factor(s),
+         "hue": torch.where(jitter, uniform(-hue, hue), 0.0), "grey": happens(view.p_grey),
+         "sigma": torch.where(happens(view.p_blur), uniform(0.1, 2.0), 0.0), "solarize": happens(view.p_solarize)}
+    return p if view.p_blur else {**p, "sigma": None}
 
 
 def resampling_matrix(start, length, flip, size_in, size_out):
@@ -517,7 +527,7 @@ def apply_view(images, p, size):
     for i in p["order"]:
         x = operations[i](x)
     x = torch.where(p["grey"][:, None, None, None], grey(x), x)
-    if p["sigma"].any():
+    if p["sigma"] is not None:
         blur = blur_matrix(p["sigma"], size)[:, None]
         x = blur @ x @ blur.mT
     return torch.where(p["solarize"][:, None, None, None] & (x >= 0.5), 1 - x, x)
@@ -526,10 +536,18 @@ def apply_view(images, p, size):
 def augment(images, view, size, generator):
     """One view [n, 3, size, size], normalised float32 whatever the autocast, of images [n, 3, H, W] uint8."""
     ## On a CPU, parts that fit its caches take a sixth of the time that the whole batch takes at once.
-    part = max(1, 2**17 // size**2) if images.device.type == "cpu" else len(images)
+    part = max(1, 2**17 // size**2) if images.device.type == "cpu" else len(images) * process()[1]
+    n, height, width = images[:, 0].shape
+    rank, world = process()
+    views, first = [], rank * n                # these n images are the rows first, first + 1, ... of the batch
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([normalise(apply_view(x, draw_view(view, *x[:, 0].shape, generator), size))
-                          for x in images.split(part)])
+        for start in range(0, n * world, part):
+            p = draw_view(view, min(part, n * world - start), height, width, generator)
+            low, high = max(start, first), min(start + part, first + n)
+            if low < high:
+                mine = {name: value if name == "order" or value is None else value[low - start:high - start] for name, value in p.items()}
+                views.append(normalise(apply_view(images[low - first:high - first], mine, size)))
+    return torch.cat(views)
 
 
 def normalise(x):
@@ -670,6 +688,66 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
+# ---- Many processes --------------------------------------------------------------------------
+# Under torchrun each process works on its share of every batch. All draw the random numbers of the whole
+# batch and use those of their share, and losses over the batch are of gathered embeddings: so many
+# processes compute what one would (but for BN on a CPU, which torch cannot synchronise).
+
+def join_processes(device):
+    """Join the processes that torchrun started, if it did; on CUDA each takes a GPU of its own."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def process():
+    """(rank, world): the number of this process, and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(x):
+    """Of [n, ...], which every process has, the n / world rows that are this one's."""
+    rank, world = process()
+    return x[len(x) * rank // world:len(x) * (rank + 1) // world]
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ## DistributedDataParallel takes the mean of the processes' gradients, each of which knows its own share
+        ## of the embeddings alone: the mean would be 1 / world of the gradient of one process.
+        return dist.get_world_size() * share(gradient)
+
+
+def gather(z):
+    """[n / world, ...] of every process -> [n, ...], on all, in order; its gradient is exact where all compute one loss of it."""
+    return Gather.apply(z) if dist.is_initialized() else z
+
+
+def average(value):
+    """The mean of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
+
+
+def from_first(value):
+    """The first process's value, on all of them."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box)
+        value = box[0]
+    return value
+
+
 # ---- Optimisation ----------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
@@ -724,31 +802,37 @@ def train(args, model, training_step, data, after_step=None):
     """Train `model` on data.images and leave config, log, checkpoint and curves in args.out.
 
     training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise,
-    its parts {name: scalar} and {level: [n, d]} to watch for collapse. after_step(model, args, progress),
+    its parts {name: scalar} and {level: [n, d]} to watch for collapse, of all processes. after_step(model, args, progress),
     where given, follows each update; progress goes from 0 to 1 over the run. All randomness of step t
     comes from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
+    rank, world = process()
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise Unusable(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes, two or more to each")
     out, device = Path(args.out), args.device
     newest, previous = (out / name for name in CHECKPOINTS)
     per_epoch = len(data.images) // args.batch_size
     steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
     peak = args.lr * args.batch_size / 256
+    if world > 1 and device == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     first, sums, seconds, history = 0, [], 0.0, []                # sums and seconds: of the epoch so far
 
     with claimed(out, args.resume), stop_signals() as signals, \
-            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False) as bar:
+            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
         if args.resume:
             first, sums, seconds, history = restore(args, model, optimizer, per_epoch)
         config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
         write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         if history:
             write_log(history, out)                # the run may have been cut off between its checkpoint and its log
-        forward = torch.compile(model) if args.compile else model
+        forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
         unread, saved = [], time.monotonic()
 
@@ -761,7 +845,7 @@ def train(args, model, training_step, data, after_step=None):
                 bar.initial = bar.n = i
                 began = time.perf_counter() - seconds
             generator.manual_seed(args.seed * 1_000_003 + step)
-            images = data.images[order[i * args.batch_size:(i + 1) * args.batch_size]]
+            images = data.images[share(order[i * args.batch_size:(i + 1) * args.batch_size])]
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
             for group in optimizer.param_groups:
@@ -772,15 +856,17 @@ def train(args, model, training_step, data, after_step=None):
             loss.backward()
             optimizer.step()
             if after_step:
-                after_step(forward, args, step / max(1, steps - 1))
+                after_step(model, args, step / max(1, steps - 1))
             terms = {"loss": loss, **terms}
             unread.append(torch.stack([term.detach() for term in terms.values()]))
             bar.update()
 
             last = i + 1 == per_epoch
-            save = last or signals or time.monotonic() - saved > 60 * args.checkpoint_minutes
+            if world > 1 and not last and i % 20:                 # else the first process decides for all whether to save
+                continue
+            stop, save = from_first((signals[:1], last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes))
             if save or i % 20 == 0:                               # reading a value waits for the device
-                sums = add_up(sums, unread, list(terms), step)
+                sums = add_up(sums, average(torch.stack(unread)).tolist(), list(terms), step)
                 bar.set_postfix(loss=f"{unread[-1][0]:.3f}", refresh=False)
                 unread = []
             if not save:
@@ -805,16 +891,17 @@ def train(args, model, training_step, data, after_step=None):
             saved = time.monotonic()
             if last:
                 write_log(history, out)
-            if signals:
+            if stop:
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
-                print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
-                sys.exit(128 + signals[0])
+                if rank == 0:
+                    print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
+                sys.exit(128 + stop[0])
 
 
 def add_up(sums, unread, names, step):
-    """Add the terms of the last steps up to `step`, each a tensor of len(names), to sums. Raises RunFailed at one that is not finite."""
-    for t, values in enumerate(torch.stack(unread).tolist(), step + 1 - len(unread)):
+    """Add the terms of the last steps up to `step`, each a list of len(names), to sums. Raises RunFailed at one that is not finite."""
+    for t, values in enumerate(unread, step + 1 - len(unread)):
         for name, value in reversed(list(zip(names, values))):                 # the terms before the loss that they make up
             if not math.isfinite(value):
                 raise RunFailed(f"{name} is {value} at step {t}; what was saved is from before. Try a lower --lr.")
@@ -826,8 +913,12 @@ def add_up(sums, unread, names, step):
 def claimed(out, resume):
     """Hold the folder `out` for this process alone; the lock ends with the process, however that ends.
 
+    Under torchrun the first process holds it for all.
     Raises Unusable where another process holds it, or a run is there already and resume is False.
     """
+    if process()[0] > 0:
+        yield
+        return
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
     try:
@@ -871,12 +962,15 @@ def restore(args, model, optimizer, per_epoch):
     """
     out = Path(args.out)
     path, previous = (out / name for name in CHECKPOINTS)
-    try:
-        state = load_checkpoint(path, args.method)
-    except Unusable as error:
-        if not previous.exists():
-            raise
-        state, path, damage = load_checkpoint(previous, args.method), previous, error
+    state = damage = None
+    if process()[0] == 0:
+        try:
+            state = load_checkpoint(path, args.method)
+        except Unusable as error:
+            if not previous.exists():
+                raise
+            state, path, damage = load_checkpoint(previous, args.method), previous, error
+    state = from_first(state)
     for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "resume"}):
         if state["config"][name] != getattr(args, name, None):
             raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
@@ -892,7 +986,7 @@ def restore(args, model, optimizer, per_epoch):
         raise Unusable(f"{path}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
     if len(state["history"]) != state["step"] // per_epoch or state["step"] > args.epochs * per_epoch:
         raise Unusable(f"{path}: its log has {len(state['history'])} epochs, which is not where step {state['step']} lies")
-    if path == previous:
+    if damage:
         tqdm.write(f"warning: {damage}; going on from {previous}", file=sys.stderr)
         os.replace(previous, out / CHECKPOINTS[0])  # else the next save would keep the damaged one and drop this
     return state["step"], state["sums"], state["seconds"], state["history"]
@@ -937,6 +1031,8 @@ def write(path, save, keep=None):
     The old file stays beside it under the name `keep`, where given. Raises RunFailed where any of this
     fails, for a full disk say: the old file is then still there, whole.
     """
+    if process()[0] > 0:                           # the first process writes for all
+        return
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
@@ -1022,13 +1118,16 @@ def draw_curves(history, path):
 def extract(model, images, args):
     """Representations {level: [N, D] float32} of images [N, 3, S, S] uint8 by the model in evaluation mode."""
     training, parts = model.training, []
+    rank, world = process()
+    n = math.ceil(len(images) / world)         # images of each process; the last one's share is filled up with the last image
     model.eval()
-    for batch in images.split(500):
+    for index in torch.arange(rank * n, (rank + 1) * n).clamp(max=len(images) - 1).split(500):
+        batch = images[index.to(images.device)]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             x = normalise(batch.float() / 255).contiguous(memory_format=torch.channels_last)
             parts.append({level: y.float() for level, y in model.representations(x).items()})
     model.train(training)
-    return {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+    return {level: gather(torch.cat([part[level] for part in parts]))[:len(images)] for level in parts[0]}
 
 
 def knn_by_level(args, model, data):
@@ -1046,10 +1145,10 @@ def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):
     """
     features, test_features = F.normalize(features, dim=1), F.normalize(test_features, dim=1)
     labels, test_labels = labels.to(features.device), test_labels.to(features.device)
-    correct, k = 0, min(k, len(features))
-    for x, y in zip(test_features.split(1000), test_labels.split(1000)):
+    correct, k = torch.zeros((), device=features.device), min(k, len(features))
+    for x, y in zip(share(test_features).split(1000), share(test_labels).split(1000)):
         similarity, neighbours = (x @ features.T).topk(k)                                   # [b, k]
         votes = torch.zeros(len(x), int(labels.max()) + 1, device=x.device)
         votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
-        correct += (votes.argmax(1) == y).sum().item()
-    return correct / len(test_features)
+        correct += (votes.argmax(1) == y).sum()
+    return process()[1] * average(correct).item() / len(test_features)

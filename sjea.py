@@ -143,7 +143,8 @@ def training_step(model, x, args, generator):
     x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
-    for stack, (z_1, z_2) in enumerate(model(x_1, x_2)):                  # z_1, z_2: [B, d]
+    for stack, z in enumerate(model(x_1, x_2)):
+        z_1, z_2 = map(common.gather, z)                                  # [B, d], of all processes
         loss_k, terms_k = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)      # S-JEA Eq. (1)
         loss = loss + args.stack_weights[stack] * loss_k                  # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_k.items()}

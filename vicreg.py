@@ -130,7 +130,7 @@ def training_step(model, x, args, generator):
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
-    z_1, z_2 = model(x_1, x_2)                                            # [B, d]
+    z_1, z_2 = map(common.gather, model(x_1, x_2))                        # [B, d], of all processes
     loss, terms = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)
     return loss, terms, {"0": z_1}
 

@@ -1,0 +1,196 @@
+"""Many processes compute what one does: losses, gradients, scores, checkpoints. On a CPU, with gloo."""
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import common
+import conftest
+import eval_linear
+
+METHODS = {"vicreg": ["--augmentation", "vicreg"], "sjea": ["--stacks", "2", "--projectors", "10"], "ijepa": [], "cjepa": ["--beta-vicreg", "0.5"]}
+processes = multiprocessing.get_context("forkserver")                      # a new process without a new import of torch
+processes.set_forkserver_preload(["conftest", "eval_linear", *METHODS])
+
+
+def start(task, rank, world, port, arguments):
+    """One of `world` processes, as torchrun starts them."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    task(*arguments)
+
+
+def run(task, world, *arguments):
+    """task(*arguments) in `world` processes; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [processes.Process(target=start, args=(task, rank, world, port, arguments)) for rank in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    return [process.exitcode for process in started]
+
+
+def small(method, *more):
+    sizes = ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "4", "--projector", "16-16"]
+    return ["--precision", "fp32", "--device", "cpu", *sizes, *METHODS[method], *more]
+
+
+def first_step(method, batch_size):
+    """(model, loss, terms, embeddings, args) of one training step of this process's share in float64, BN in evaluation mode, after backward."""
+    script = importlib.import_module(method)
+    args = script.arguments(small(method, "--batch-size", str(batch_size)))
+    normalise = common.normalise
+    common.normalise = lambda x: normalise(x).double()                     # a process of its own, or undone below
+    try:
+        torch.manual_seed(0)
+        model = eval_linear.build(args).double().eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)                               # zero in the last of each block: most gradients would vanish
+        images = common.share(common.make_shapes(batch_size, 32, 3)[0])
+        forward = DistributedDataParallel(model) if common.process()[1] > 1 else model
+        loss, terms, embeddings = script.training_step(forward, images, args, torch.Generator().manual_seed(5))
+        loss.backward()
+        return model, loss, terms, embeddings, args
+    finally:
+        common.normalise = normalise
+
+
+def save_first_step(method, batch_size, folder):
+    model, loss, terms, embeddings, _ = first_step(method, batch_size)
+    terms = {name: common.average(value.detach().clone()) for name, value in {"loss": loss, **terms}.items()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.save((terms, {level: z.detach() for level, z in embeddings.items()}, gradients), folder / f"{common.process()[0]}.pt")
+
+
+@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients_are_those_of_one_process(method, world, tmp_path):
+    """The same global batch of 200 images, of which the augmentation's parts of 128 fit no process's share."""
+    assert run(save_first_step, world, method, 200, tmp_path) == [0] * world
+    model, loss, terms, embeddings, _ = first_step(method, 200)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) > 10 and max(g.abs().max() for g in gradients.values()) > 1e-3
+    for rank in range(world):
+        found_terms, found_embeddings, found = torch.load(tmp_path / f"{rank}.pt")
+        assert_close(found_terms, {name: value.detach() for name, value in {"loss": loss, **terms}.items()}, rtol=1e-6, atol=1e-6)
+        assert_close(found_embeddings, {level: z.detach() for level, z in embeddings.items()}, rtol=1e-6, atol=1e-6)
+        assert_close(found, gradients, rtol=1e-6, atol=1e-6)
+
+
+def script(method, argv):
+    """METHOD.py on 128 images, with its evaluation; each process leaves its final parameters beside the run."""
+    sys.argv, sys.stderr = [f"{method}.py", *argv], open(os.devnull, "w")
+    common.load_shapes = conftest.tiny_shapes
+    load, destroy = importlib.import_module(method), torch.distributed.destroy_process_group
+    train = common.train
+
+    def training(args, model, *rest):
+        try:
+            train(args, model, *rest)
+        finally:
+            torch.save([p.detach() for p in model.parameters()], Path(args.out).with_suffix(f".{common.process()[0]}.pt"))
+    common.train = training
+    torch.distributed.destroy_process_group = lambda: destroy()
+    common.command_line(load.main)
+
+
+@pytest.mark.parametrize("method, world", [("vicreg", 2), ("sjea", 2), ("ijepa", 2), ("cjepa", 4)])
+def test_parameters_agree_across_processes(method, world, tmp_path):
+    """After 12 steps, to the last bit, with BN in training mode."""
+    out = tmp_path / "run"
+    assert run(script, world, method, small(method, "--batch-size", "32", "--epochs", "3", "--out", str(out))) == [0] * world
+    first, *others = (torch.load(out.with_suffix(f".{rank}.pt")) for rank in range(world))
+    for other in others:
+        assert all(torch.equal(p, q) for p, q in zip(first, other))
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "checkpoint-previous.pt", "config.json", "curves.png", "metrics.jsonl", "eval.json"}
+    assert [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def interrupted(method, argv):
+    """As script(), with a SIGTERM to every process in step 6."""
+    learning_rate = common.learning_rate
+    sent = []
+
+    def at_step(step, *rest):
+        if step == 6 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return learning_rate(step, *rest)
+    common.learning_rate = at_step
+    script(method, argv)
+
+
+@pytest.mark.parametrize("method", ("ijepa", "cjepa"))
+def test_a_run_stops_and_resumes_on_another_number_of_processes(method, tmp_path):
+    """2 processes, a signal, 1, a signal, 4: the log and the scores are those of one that never stopped."""
+    flags = small(method, "--batch-size", "32", "--epochs", "4", "--eval-every", "2", "--lr", "0.004")
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert run(script, 1, method, [*flags, "--out", str(one)]) == [0]
+    assert run(interrupted, 2, method, [*flags, "--out", str(many)]) == [143, 143]
+    assert common.load_checkpoint(many / "checkpoint.pt")["step"] == 8     # of 16: the first step after the signal at which all look
+    assert run(interrupted, 1, method, [*flags, "--out", str(many), "--resume"]) == [0]
+    log, other = ([untimed(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, many))
+    scores, others = (untimed(json.loads((out / "eval.json").read_text())) for out in (one, many))
+    assert len(log) == 4 and scores["levels"].keys() == {"target", "context"}
+    assert_close((log, scores), (other, others), rtol=0.01, atol=0.02)     # a score in steps of 1 / 64
+
+
+def untimed(value):
+    """Numbers alone, without those of no two runs in common."""
+    if isinstance(value, dict):
+        return {name: untimed(v) for name, v in value.items() if name not in ("seconds", "images_per_second", "peak_memory_mb") and not isinstance(v, str)}
+    return [untimed(v) for v in value] if isinstance(value, list) else value
+
+
+def features_and_knn(folder):
+    """extract() and knn() on 101 and 53 images: numbers that no number of processes divides."""
+    args = importlib.import_module("vicreg").arguments(small("vicreg"))
+    torch.manual_seed(0)
+    model = eval_linear.build(args).eval()
+    (x, y), (x_test, y_test) = ((images, labels["shape"]) for images, labels in (common.make_shapes(n, 32, n) for n in (101, 53)))
+    features, test_features = common.extract(model, x, args)["0"], common.extract(model, x_test, args)["0"]
+    accuracy = common.knn(features, y, test_features, y_test, k=5)
+    torch.save((features, test_features, accuracy), folder / f"{common.process()[1]}-{common.process()[0]}.pt")
+
+
+def test_extraction_and_knn_are_shared(tmp_path):
+    for world in (1, 3):
+        assert run(features_and_knn, world, tmp_path) == [0] * world
+    features, test_features, accuracy = torch.load(tmp_path / "1-0.pt")
+    assert features.shape == (101, 32) and 0 < accuracy < 1
+    for rank in range(3):
+        assert_close(torch.load(tmp_path / f"3-{rank}.pt"), (features, test_features, accuracy), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    assert run(script, 3, "vicreg", small("vicreg", "--batch-size", "32", "--out", str(tmp_path / "run"))) == [2, 2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun(tmp_path):
+    """The command of the README, on images in a folder; the first process alone prints."""
+    images, labels = common.make_shapes(80, 32, 3)
+    for i, (image, y) in enumerate(zip(images, labels["shape"])):
+        folder = tmp_path / "data" / ("train" if i < 60 else "test") / str(y.item())
+        folder.mkdir(parents=True, exist_ok=True)
+        common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    argv = small("vicreg", "--batch-size", "20", "--epochs", "1", "--warmup-epochs", "0", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
+                 "--image-size", "32", "--out", str(tmp_path / "run"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "vicreg.py", *argv]
+    done = subprocess.run(command, cwd=Path(common.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("vicreg on folder: class, 20 test images") == 1
