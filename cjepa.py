@@ -275,20 +275,21 @@ def arguments(argv=None):
     add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
-    add("--ema", type=number(float, 0, 1), default=0.996, help="m: the target's momentum at the start, 1 at the end; 0: no EMA")
+    add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start, 1 at the end; 0: no EMA")
     add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together; 0 is I-JEPA")
     add("--beta-sim", type=number(float, 0), default=25.0, help="weight of the invariance term among the three")
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of the variance term")
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="pooled predictions of an image's blocks, pairwise; or their mean and the pooled target")
-    add("--crop-min", type=number(float, 0.01, 1), default=0.3, help="smallest crop, as a share of the image")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="cjepa", epochs=10, batch_size=128, lr=1e-3, weight_decay=0.04,
-                                warmup_epochs=1, eval_every=2)
+    common.add_common_arguments(parser, method="cjepa", epochs=5, batch_size=32, lr=8e-3, weight_decay=0.04,
+                                warmup_epochs=0.5, eval_every=1)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)
     args.predictor_width = args.predictor_width or min(384, common.VITS[args.vit][0] // 2)
+    args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.3)
     args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     check_grid(args)
     if args.views == "blocks" and (args.masking in ("block", "random") or args.masking == "multiblock" and args.num_targets == 1):

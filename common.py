@@ -604,7 +604,7 @@ def pool(y):
     return y.mean((2, 3))
 
 
-VITS = {"micro": (128, 6, 2), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+VITS = {"micro": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
         "large": (1024, 24, 16), "huge": (1280, 32, 16)}  # width D, depth, heads
 
 
@@ -663,10 +663,12 @@ def positions(grid_size, width):
 
 
 def initialise(transformer):
-    """Weights from a normal of 0.02 cut at 2; the last layer of either branch of block l scaled by 1 / sqrt(2 l)."""
+    """Xavier's uniform weights, no biases; the last layer of either branch of block l scaled by 1 / sqrt(2 l)."""
+    ## The authors draw all weights with a standard deviation of 0.02. At width 768 that is nearly the same (0.023 to
+    ## 0.036); at width 96 what is left of a patch's content is a fifth of its position, and a JEPA learns positions.
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for depth, block in enumerate(transformer.blocks, 1):
         for layer in (block.proj, block.fc2):

@@ -9,7 +9,7 @@ import common
 import ijepa
 import vicreg
 
-SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "16", "--predictor-depth", "2"]
+SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "24", "--predictor-depth", "2"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

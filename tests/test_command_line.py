@@ -138,7 +138,7 @@ BAD = [  # script, flags, words of the line
     ("ijepa", "--ema -0.1", "--ema -0.1"),
     ("ijepa", "--vit nano", "--vit nano micro"),
     ("ijepa", "--predictor-width 62", "--predictor-width 62 4"),
-    ("ijepa", "--predictor-width 256", "--predictor-width 256 128"),
+    ("ijepa", "--predictor-width 256", "--predictor-width 256 96"),
     ("ijepa", "--vit tiny --predictor-width 64", "--predictor-width 64 3"),
     ("ijepa", "--predictor-depth 0", "--predictor-depth 0"),
     ("ijepa", "--recipe large", "--recipe large paper"),

@@ -9,7 +9,7 @@ import torchvision
 import common
 import ijepa
 
-SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "16", "--predictor-depth", "2"]
+SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "24", "--predictor-depth", "2"]
 
 
 def rectangle(indices, grid):
