@@ -4,6 +4,7 @@ Nothing in this file knows a method. Read a method's script first and look thing
 """
 import argparse
 import fcntl
+import functools
 import json
 import math
 import os
@@ -509,7 +510,7 @@ def shift_hue(x, shift):
     chroma = value - torch.minimum(torch.minimum(r, g), b)
     hue = torch.where(value == r, g - b, torch.where(value == g, 2 * chroma + b - r, 4 * chroma + r - g))
     hue = hue / chroma.clamp(min=1e-6) + 6 * shift[:, None, None]                           # in sixths of a turn
-    k = hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]        # [n, 3, H, W]
+    k = hue[:, None] + channels((5.0, 3.0, 1.0), x.device)                                  # [n, 3, H, W]
     k = k - 6 * (k / 6).floor_()
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -552,9 +553,13 @@ def augment(images, view, size, generator):
 
 def normalise(x):
     """[n, 3, H, W] in [0, 1] -> ImageNet's mean 0 and standard deviation 1 per channel."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=x.device)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], device=x.device)[:, None, None]
-    return (x - mean) / std
+    return (x - channels((0.485, 0.456, 0.406), x.device)) / channels((0.229, 0.224, 0.225), x.device)
+
+
+@functools.cache
+def channels(values, device):
+    """[3, 1, 1]: one value per channel. Kept, because a new tensor would wait for the device at every use."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 # ---- Encoder ---------------------------------------------------------------------------------

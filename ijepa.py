@@ -181,7 +181,7 @@ def training_step(model, x, args, generator):
     y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
     cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # not the numbers of the crop
     masks = draw_masks(args, len(x) * common.process()[1], cpu_generator)                   # of all processes
-    context, targets = (common.share(index).to(y.device) for index in masks)                # [B, Nc], [B, M, Nt]
+    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)
     return loss, {"prediction": loss}, {"target": common.gather(s_y.mean(1)), "prediction": common.gather(s_hat.mean((1, 2)))}

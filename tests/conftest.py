@@ -7,6 +7,10 @@ import torch
 import common
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU; skipped where there is none")
+
+
 def tiny_shapes(args, n=128, n_test=64):
     (images, labels), (test_images, test_labels) = (common.make_shapes(k, args.image_size, seed) for k, seed in ((n, 1), (n_test, 2)))
     return common.Dataset(images, images, labels, test_images, test_labels)

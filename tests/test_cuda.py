@@ -1,0 +1,115 @@
+"""What only a CUDA GPU can show: pytest -m cuda. Everything here skips where there is none."""
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import common
+import eval_linear
+from test_processes import METHODS, run, small
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+def on_cuda(method, *more):
+    return importlib.import_module(method).arguments([*small(method, *more), "--device", "cuda"])
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.05)])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_of_a_step_is_the_cpus(method, precision, tolerance, monkeypatch):
+    """The same views and masks on both: channels-last, autocast and the fused attention change no more than rounding."""
+    images, losses = common.make_shapes(64, 32, 3)[0], {}
+    monkeypatch.setattr(common, "augment", lambda x, *rest: common.normalise(x.float() / 255))
+    for device in ("cpu", "cuda"):
+        args = on_cuda(method, "--precision", precision)
+        torch.manual_seed(0)
+        model = eval_linear.build(args).to(device, memory_format=torch.channels_last).train()
+        generator = torch.Generator(device).manual_seed(5)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            losses[device] = importlib.import_module(method).training_step(model, images.to(device), args, generator)[0].item()
+    assert math.isclose(losses["cpu"], losses["cuda"], rel_tol=tolerance)
+
+
+def test_augmentation_equals_the_cpus():
+    """The same parameters, drawn on the CPU, applied on both."""
+    images = common.make_shapes(64, 48, 3)[0]
+    view = common.View(p_blur=0.5, p_solarize=0.3)
+    p = common.draw_view(view, 64, 48, 48, torch.Generator().manual_seed(0))
+    there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in p.items()}
+    assert_close(common.apply_view(images.cuda(), there, 32).cpu(), common.apply_view(images, p, 32), rtol=0, atol=1e-4)
+
+
+def test_the_order_of_colour_operations_varies():
+    generator = torch.Generator("cuda").manual_seed(0)
+    orders = {tuple(common.draw_view(common.View(), 8, 32, 32, generator)["order"]) for _ in range(60)}
+    assert len(orders) > 15                    # of 24
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_the_device(method):
+    args = on_cuda(method)
+    model = eval_linear.build(args).to("cuda", memory_format=torch.channels_last)
+    images, generator = common.make_shapes(64, 32, 3)[0].cuda(), torch.Generator("cuda").manual_seed(0)
+    step = importlib.import_module(method).training_step
+    step(model, images, args, generator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, images, args, generator)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("flags", ([], ["--compile"], ["--precision", "bf16"]))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_and_its_resumption(method, flags, tiny_run, tmp_path):
+    """An interrupted run goes on to the log of one that never was."""
+    flags = ["--device", "cuda", "--epochs", "2", *flags]
+    whole = tiny_run(method, *flags)
+    halves = tiny_run(method, *flags, stop_after=1)
+    tiny_run(method, *flags, "--resume", out=halves)
+    a, b = ([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, halves))
+    assert_close(a, b, rtol=1e-2, atol=1e-3)   # some CUDA kernels add in no fixed order
+
+
+def normalised_step(method, folder):
+    """One step in float64 with BN in training mode, synchronised over the processes, which share one GPU (gloo allows that)."""
+    rank, world = common.process()
+    args = on_cuda(method, "--batch-size", "64")
+    torch.manual_seed(0)
+    model = eval_linear.build(args).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)       # zero in the last of each block
+    if world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.cuda()
+    normalise = common.normalise
+    common.normalise = lambda x: normalise(x).double()
+    images = common.share(common.make_shapes(64, 32, 3)[0]).cuda()
+    forward = DistributedDataParallel(model) if world > 1 else model
+    loss = importlib.import_module(method).training_step(forward, images, args, torch.Generator("cuda").manual_seed(5))[0]
+    loss.backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    torch.save((common.average(loss.detach()).item(), gradients), folder / f"{world}-{rank}.pt")
+
+
+def normalised_step_with_gloo(method, folder):
+    torch.distributed.init_process_group("gloo")
+    normalised_step(method, folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_with_synchronised_bn_are_those_of_one_process(method, tmp_path):
+    for world in (1, 2):
+        assert run(normalised_step_with_gloo, world, method, tmp_path) == [0] * world
+    loss, gradients = torch.load(tmp_path / "1-0.pt")
+    for rank in range(2):
+        found_loss, found = torch.load(tmp_path / f"2-{rank}.pt")
+        assert math.isclose(loss, found_loss, rel_tol=1e-6)
+        assert_close(found, gradients, rtol=1e-6, atol=1e-6)
