@@ -87,7 +87,8 @@ def add_common_arguments(parser, **defaults):
     add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     add("--data-dir", default="data", help="where the dataset lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024), help="side of a view in pixels (default: the dataset's own; folder: 224)")
-    add("--skip-bad-images", action="store_true", help="of --dataset folder: go on without the images that cannot be read")
+    add("--skip-bad-images", action="store_true", help="of --dataset folder: go on without the images that cannot be read; streamed, all are read once to find them")
+    add("--stream", action="store_true", help="of --dataset folder: read images from disk as they are needed, as is done anyway where they fill half the free memory")
     add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
@@ -162,6 +163,9 @@ def command_line(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # killed, in most cases for its memory or a small /dev/shm
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())} What was saved is whole.", file=sys.stderr)
+            sys.exit(1)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         print(f"{Path(sys.argv[0]).name}: out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole.", file=sys.stderr)
@@ -174,7 +178,7 @@ DATASETS = {"shapes": 32, "cifar10": 32, "cifar100": 32, "stl10": 96, "folder": 
 
 @dataclass
 class Dataset:
-    """Images [N, 3, S, S] uint8 and, per label name, classes [N] int64. The first name is *the* label."""
+    """Images [N, 3, S, S] uint8, each a tensor or a Stream, and, per label name, classes [N] int64. The first name is *the* label."""
     images: torch.Tensor                       # what to pre-train on, no labels needed
     train_images: torch.Tensor                 # the same, but for STL-10: its 5,000 labelled images
     train_labels: dict
@@ -183,14 +187,14 @@ class Dataset:
 
 
 def load_dataset(args, download=True):
-    """The dataset that args name, resized to args.image_size, on args.device.
+    """The dataset that args name, resized to args.image_size, on args.device; without `download`, nothing is written to args.data_dir.
 
     Raises Unusable where the data is missing, empty or unreadable.
     """
-    if args.dataset in ("shapes", "folder"):
-        data = {"shapes": load_shapes, "folder": load_folder}[args.dataset](args)
+    if args.dataset == "shapes":
+        data = load_shapes(args)
     else:
-        data = (load_stl10 if args.dataset == "stl10" else load_cifar)(args, download)
+        data = {"stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)(args, download)
     if args.holdout:                           # every tenth training image plays the test image
         held = torch.arange(len(data.train_images)) % 10 == 0
         split = lambda labels, where: {name: y[where] for name, y in labels.items()}
@@ -248,54 +252,152 @@ def load_stl10(args, download):
     return Dataset(images["unlabeled"], images["train"], label("train"), images["test"], label("test"))
 
 
-def load_folder(args):
-    """DIR/train/<class>/* and DIR/test/<class>/* (or val), decoded once into one uint8 tensor."""
+def load_folder(args, download):
+    """DIR/train/<class>/* and DIR/test/<class>/* (or val): decoded once into one uint8 tensor, or streamed where that is too large."""
     root = Path(args.data_dir)
     test = root / "test" if (root / "test").is_dir() else root / "val"
     for part in (root, root / "train", test):
         if not part.is_dir():
             raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*")
-    for part in (root / "train", test):
-        seen = set()
-        for folder, *_ in os.walk(part, followlinks=True):                 # as ImageFolder does, 40 times around a loop
-            if os.path.realpath(folder) in seen:
-                raise Unusable(f"argument --data-dir: {folder} is a link to a folder that is in {part} already")
-            seen.add(os.path.realpath(folder))
+    parts = {part: list_images(part, root / f"{part.name}-index.npz") for part in (root / "train", test)}
+    names = [{os.fsdecode(name) for name in index["classes"]} for index in parts.values()]
+    if names[0] != names[1]:
+        raise Unusable(f"argument --data-dir: class folder {min(names[0] ^ names[1])} is in only one of {root / 'train'} and {test}")
+    size = sum(len(index["paths"]) for index in parts.values()) * 3 * args.image_size**2
+    stream, loaded = args.stream or size > free_memory(args.device) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), []
+    for part, index in parts.items():
+        images, new = Stream(part, index["paths"], args.image_size), index.pop("new", False)
+        if not stream:
+            images, index["readable"] = read_all(images, args.skip_bad_images)
+        elif args.skip_bad_images and "readable" not in index:
+            new, index["readable"] = True, read_all(images, skip=True, keep=False)[1]
+        labels = torch.from_numpy(index["targets"])
+        if args.skip_bad_images and not index["readable"].all():
+            if not index["readable"].any():
+                raise Unusable(f"argument --data-dir: not one of the {len(images)} images in {part} can be read")
+            print(f"{part}: skipped {(~index['readable']).sum()} of {len(images)} images that cannot be read", file=sys.stderr)
+            images, labels = images[index["readable"]], labels[index["readable"]]
+        if stream and new and download:
+            try:
+                write(root / f"{part.name}-index.npz", lambda file: np.savez(file, **index))
+            except (RunFailed, OSError) as error:                          # on a read-only file system write() cannot clean up either
+                print(f"warning: every start lists all of {part}: {error}", file=sys.stderr)
+        loaded.append((images, {"class": labels}))
+    (images, labels), (test_images, test_labels) = loaded
+    return Dataset(images, images, labels, test_images, test_labels)
+
+
+def list_images(part, known):
+    """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], "classes", and "folders" with when they "changed".
+
+    What load_folder kept of it in the file `known` holds while no folder has changed. Raises Unusable.
+    """
     try:
-        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", test))
+        index = dict(np.load(known))                                       # no pickle: loading it runs no code
+        if [os.stat(os.fsencode(part) + b"/" + folder).st_mtime_ns for folder in index["folders"]] == index["changed"].tolist():
+            return index
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # there is none, or a damaged one
+        pass
+    seen, below = {}, lambda paths: np.array([os.fsencode(path)[len(os.fsencode(part)) + 1:] for path in paths])
+    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does, 40 times around a loop
+        if os.path.realpath(folder) in seen:
+            raise Unusable(f"argument --data-dir: {folder} is a link to a folder that is in {part} already")
+        seen[os.path.realpath(folder)] = folder, os.stat(folder).st_mtime_ns
+    try:
+        listed = torchvision.datasets.ImageFolder(part)
     except OSError as error:                   # no class folder, or one without images, or no permission
         raise Unusable(f"argument --data-dir: {error}") from error
-    if train.classes != test.classes:
-        differ = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise Unusable(f"argument --data-dir: class folder {differ} is in only one of {train.root} and {test.root}")
+    folders, changed = zip(*seen.values())
+    return {"paths": below(path for path, _ in listed.samples), "targets": np.array(listed.targets), "new": True,
+            "classes": np.array([os.fsencode(name) for name in listed.classes]), "folders": below(folders), "changed": np.array(changed)}
 
-    def decode(path):                          # shorter side to image_size, then the centre square
-        try:
+
+def free_memory(device):
+    """Bytes that are free on this machine and on the device that it computes with."""
+    try:
+        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):              # not Linux: half of all is near enough
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min(free, torch.cuda.mem_get_info()[0]) if device == "cuda" else free
+
+
+class Stream:
+    """Images [N, 3, S, S] uint8 that stay in their files: stands for a tensor of them in a Dataset and in load_batches."""
+    device = torch.device("cpu")               # where its indices are
+
+    def __init__(self, root, paths, size):
+        self.root, self.paths, self.size = root, paths, size  # an array: a list would be copied to every worker, object by object
+
+    def __len__(self):
+        return len(self.paths)
+
+    def to(self, device):
+        return self                            # load_batches moves each batch
+
+    def __getitem__(self, i):
+        """Image i [3, S, S], or a sentence where it cannot be read; for an array or tensor of indices or bools, a Stream of those."""
+        if not isinstance(i, int):
+            return Stream(self.root, self.paths[np.asarray(i)], self.size)
+        path = os.path.join(self.root, os.fsdecode(self.paths[i]))
+        try:                                   # shorter side to S, then the centre square
             with Image.open(path) as image:
-                return np.array(ImageOps.fit(upright_rgb(image), (args.image_size,) * 2, Image.BICUBIC))
+                return torch.from_numpy(np.array(ImageOps.fit(upright_rgb(image), (self.size,) * 2, Image.BICUBIC))).permute(2, 0, 1)
         except Exception as error:             # Pillow's decoders raise anything on damaged bytes
-            if args.skip_bad_images:
-                return None
-            raise Unusable(f"argument --data-dir: cannot read the image {path}: {error}; --skip-bad-images goes on without it") from error
+            return f"cannot read the image {path}: {error}"
 
-    def load(part):
-        images, readable = torch.empty(len(part), 3, args.image_size, args.image_size, dtype=torch.uint8), torch.ones(len(part), dtype=torch.bool)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = pool.map(decode, (path for path, _ in part.samples))
-            for i, image in enumerate(tqdm(decoded, f"reading {part.root}", len(part), leave=False)):
-                if image is None:
-                    readable[i] = False
-                else:
-                    images[i] = torch.from_numpy(image).permute(2, 0, 1)
-        if not readable.any():
-            raise Unusable(f"argument --data-dir: not one of the {len(part)} images in {part.root} can be read")
-        if not readable.all():
-            print(f"{part.root}: skipped {len(part) - int(readable.sum())} of {len(part)} images that cannot be read", file=sys.stderr)
-            images = images[readable]
-        return images, {"class": torch.tensor(part.targets)[readable]}
 
-    (images, labels), (test_images, test_labels) = load(train), load(test)
-    return Dataset(images, images, labels, test_images, test_labels)
+def read_all(images, skip, keep=True):
+    """Decode a Stream once: (images [N, 3, S, S] uint8, or None without `keep`; which can be read, [N] bool array).
+
+    Raises Unusable at one that cannot, unless skip.
+    """
+    whole, readable = torch.empty(len(images) * keep, 3, images.size, images.size, dtype=torch.uint8), np.ones(len(images), bool)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = torch.arange(len(images)).split(5000)                      # a million tasks at once would fill a memory themselves
+        decoded = (image for part in parts for image in pool.map(images.__getitem__, part.tolist()))
+        for i, image in enumerate(tqdm(decoded, f"reading {images.root}", len(images), leave=False)):
+            if not isinstance(image, str):
+                if keep:
+                    whole[i] = image
+            elif skip:
+                readable[i] = False
+            else:
+                raise Unusable(f"argument --data-dir: {image}; --skip-bad-images goes on without it")
+    return whole, readable
+
+
+def load_batches(images, index_batches, device):
+    """For each of index_batches, an iterable of [b] on images.device, those images [b, 3, S, S] uint8 on `device`.
+
+    Those of a Stream are read ahead by worker processes. Raises RunFailed at one that cannot be read.
+    """
+    if isinstance(images, torch.Tensor):
+        yield from (images[index] for index in index_batches)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for batch in torch.utils.data.DataLoader(
+            images, batch_sampler=(index.tolist() for index in index_batches), collate_fn=stack, num_workers=min(cores, 16),
+            pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator()):  # its own: else it draws from torch's
+        if isinstance(batch, str):
+            raise RunFailed(f"{batch}; what was saved is whole. A new run with --skip-bad-images finds all such images first.")
+        yield batch.to(device, non_blocking=device == "cuda")
+
+
+def stack(images):
+    """Images [3, S, S] -> [b, 3, S, S]; or the first sentence among them."""
+    return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
+
+
+def leave_to_trainer(worker):
+    """In a worker process: a Ctrl-C is for the process that trains, and so is the lock on its folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for lock in LOCKS:
+        os.close(lock)
+
+
+def in_order(images, device):
+    """All images in their order, in batches of 500, as load_batches gives them."""
+    return load_batches(images, torch.arange(len(images), device=images.device).split(500), device)
 
 
 def upright_rgb(image):
@@ -841,18 +943,18 @@ def train(args, model, training_step, data, after_step=None):
         forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
+        batches = load_batches(data.images, draw_batches(data.images, args, first, steps), device)
         unread, saved = [], time.monotonic()
 
         for step in range(first, steps):
             epoch, i = divmod(step, per_epoch)
             if i == 0 or step == first:
-                order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)).to(device)
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.reset(per_epoch)
                 bar.initial = bar.n = i
                 began = time.perf_counter() - seconds
             generator.manual_seed(args.seed * 1_000_003 + step)
-            images = data.images[share(order[i * args.batch_size:(i + 1) * args.batch_size])]
+            images = next(batches)
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
             for group in optimizer.param_groups:
@@ -904,6 +1006,15 @@ def train(args, model, training_step, data, after_step=None):
                 if rank == 0:
                     print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
                 sys.exit(128 + stop[0])
+        batches.close()
+
+
+def draw_batches(images, args, first, steps):
+    """Indices [args.batch_size / world] of this process's images of each step from `first` on; every epoch has its own order."""
+    per_epoch = len(images) // args.batch_size
+    for epoch in range(first // per_epoch, steps // per_epoch):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)).to(images.device)
+        yield from map(share, order.split(args.batch_size)[max(0, first - epoch * per_epoch):per_epoch])
 
 
 def add_up(sums, unread, names, step):
@@ -914,6 +1025,9 @@ def add_up(sums, unread, names, step):
                 raise RunFailed(f"{name} is {value} at step {t}; what was saved is from before. Try a lower --lr.")
         sums = [total + value for total, value in zip(sums or [0.0] * len(values), values)]
     return sums
+
+
+LOCKS = []                                     # descriptors of the folder that this process holds
 
 
 @contextmanager
@@ -932,6 +1046,7 @@ def claimed(out, resume):
         folder = os.open(out, os.O_RDONLY)
     except FileNotFoundError as error:
         raise Unusable(f"argument --resume: no {out / CHECKPOINTS[0]}; there is no folder {out}") from error
+    LOCKS.append(folder)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -941,6 +1056,7 @@ def claimed(out, resume):
             raise Unusable(f"argument --out: {out} already holds a run; --resume goes on with it, another --out starts afresh")
         yield
     finally:
+        LOCKS.remove(folder)
         os.close(folder)
 
 
@@ -978,7 +1094,7 @@ def restore(args, model, optimizer, per_epoch):
                 raise
             state, path, damage = load_checkpoint(previous, args.method), previous, error
     state = from_first(state)
-    for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "resume"}):
+    for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "stream", "resume"}):
         if state["config"][name] != getattr(args, name, None):
             raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
     moments = state["optimizer"].get("state")
@@ -1123,13 +1239,13 @@ def draw_curves(history, path):
 
 @torch.no_grad()
 def extract(model, images, args):
-    """Representations {level: [N, D] float32} of images [N, 3, S, S] uint8 by the model in evaluation mode."""
+    """Representations {level: [N, D] float32} of images [N, 3, S, S] uint8, a tensor or a Stream, by the model in evaluation mode."""
     training, parts = model.training, []
     rank, world = process()
     n = math.ceil(len(images) / world)         # images of each process; the last one's share is filled up with the last image
     model.eval()
-    for index in torch.arange(rank * n, (rank + 1) * n).clamp(max=len(images) - 1).split(500):
-        batch = images[index.to(images.device)]
+    index = torch.arange(rank * n, (rank + 1) * n, device=images.device).clamp(max=len(images) - 1)
+    for batch in load_batches(images, index.split(500), args.device):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             x = normalise(batch.float() / 255).contiguous(memory_format=torch.channels_last)
             parts.append({level: y.float() for level, y in model.representations(x).items()})

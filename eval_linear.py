@@ -120,7 +120,8 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     """
     x, y = data.train_images, data.train_labels[label].to(args.device)
     with torch.no_grad():
-        width = {level: model.representations(common.normalise(x[:2] / 255))[level].shape[1] for level in levels}
+        blank = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
+        width = {level: model.representations(blank)[level].shape[1] for level in levels}
     torch.manual_seed(args.seed)
     heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width[level], affine=False), nn.Linear(width[level], int(y.max()) + 1))
                           for level in levels).to(args.device)
@@ -135,9 +136,10 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     view, generator = common.View((0.3, 1.0), p_jitter=0.0, p_grey=0.0), torch.Generator(args.device).manual_seed(args.seed)
     for _ in trange(epochs, desc="epochs", leave=False):
         model.train(not frozen)
-        for chosen in torch.randperm(len(x), generator=generator, device=args.device)[:per_epoch * batch].split(batch):
+        batches = torch.randperm(len(x), generator=generator, device=args.device)[:per_epoch * batch].split(batch)
+        for chosen, images in zip(batches, common.load_batches(x, batches, args.device)):
             with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
-                h = model.representations(common.augment(x[chosen], view, args.image_size, generator))
+                h = model.representations(common.augment(images, view, args.image_size, generator))
                 loss = sum(F.cross_entropy(head(h[level]).float(), y[chosen]) for level, head in zip(levels, heads))
             optimizer.zero_grad()
             loss.backward()
@@ -252,7 +254,8 @@ def main(argv=None, data=None):
     for level, *pair in zip_levels(common.extract(untrained(args), x, args) for x in parts):
         features[f"untrained {level}"] = pair
     small = min(32, args.image_size)           # raw pixels of larger images fit neither a memory nor a classifier
-    features["raw pixels"] = [common.resize(x, small).flatten(1).float() / 255 for x in parts]      # [N, 3 * small * small]
+    features["raw pixels"] = [torch.cat([common.resize(batch, small).flatten(1).float() / 255       # [N, 3 * small * small]
+                                         for batch in common.in_order(x, args.device)]) for x in parts]
 
     split = f"{len(data.test_images)} {'held-out' if args.holdout else 'test'} images"
     y = {label: (data.train_labels[label], data.test_labels[label]) for label in data.train_labels}

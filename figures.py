@@ -55,7 +55,8 @@ def load_run(path, options, shared=None):
     else:
         data = common.load_dataset(args, download=options.data_dir is not None)
         chosen = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:options.images]
-        images, labels = data.test_images[chosen], {name: y[chosen] for name, y in data.test_labels.items()}
+        images = torch.cat([*common.load_batches(data.test_images, chosen.split(500), args.device)])
+        labels = {name: y[chosen] for name, y in data.test_labels.items()}
     return Run(path, args, model, common.load_checkpoint(path)["history"], images, labels, common.extract(model, images, args))
 
 

@@ -396,7 +396,8 @@ def area_and_centre(polygon):
 # ---- Datasets --------------------------------------------------------------------------------
 
 def arguments(dataset, folder, image_size, holdout=False):
-    return argparse.Namespace(dataset=dataset, data_dir=str(folder), image_size=image_size, holdout=holdout, batch_size=2, device="cpu")
+    return argparse.Namespace(dataset=dataset, data_dir=str(folder), image_size=image_size, holdout=holdout, batch_size=2, device="cpu",
+                              stream=False, skip_bad_images=False)
 
 
 def put(folder, name, content):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -517,3 +518,147 @@ def test_a_link_to_images_elsewhere_is_followed(tmp_path):
     root, elsewhere = folder_of(tmp_path / "data"), folder_of(tmp_path / "elsewhere")
     (root / "train" / "cat" / "more").symlink_to(elsewhere / "train" / "cat")
     assert len(load_folder(root).images) == 2
+
+
+# ---- a folder that is streamed ----
+
+
+STREAMED = ["--dataset", "folder", "--image-size", "8", "--data-dir"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """64 + 16 images of noise in two classes; the folders' times are of yesterday, so that a change shows."""
+    noise = np.random.default_rng(2).integers(0, 256, (80, 12, 10, 3), dtype=np.uint8)
+    for i, image in enumerate(noise):
+        folder = tmp_path / "data" / ("train" if i < 64 else "test") / ("cat", "dog")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    for folder, *_ in os.walk(tmp_path / "data"):
+        os.utime(folder, (1e9, 1e9))
+    return tmp_path / "data"
+
+
+class SendToAll(Send):
+    """To its worker processes first, as a terminal's Ctrl-C does."""
+    def __call__(self, step):
+        if step == self.at:
+            for child in multiprocessing.active_children():
+                for each in self.signals:
+                    os.kill(child.pid, each)
+            time.sleep(0.5)
+        super().__call__(step)
+
+
+def test_a_streamed_run_equals_one_in_memory(pictures, tmp_path):
+    """Also where it was stopped within an epoch by a Ctrl-C, which reaches all of its processes, and goes on."""
+    outs = [tmp_path / name for name in ("memory", "streamed", "cut")]
+    argv = [flags("vicreg", out, *STREAMED, str(pictures), "--eval-every", "1", *["--stream"] * (out != outs[0])) for out in outs]
+    assert run("vicreg", argv[0])[0] == run("vicreg", argv[1])[0] == 0
+    assert run("vicreg", argv[2], SendToAll(6, signal.SIGINT))[0] == 128 + signal.SIGINT
+    assert run("vicreg", [*argv[2], "--resume"])[0] == 0
+    assert "knn" in log(outs[0])[0]
+    assert_equal_runs(outs[1], outs[0])
+    assert_equal_runs(outs[2], outs[0])
+
+
+def test_a_killed_streamed_run_leaves_its_folder_unlocked(pictures, tmp_path):
+    """The worker processes outlive it by some seconds; the lock must not be theirs."""
+    argv = flags("vicreg", tmp_path / "run", *STREAMED, str(pictures), "--stream", "--checkpoint-minutes", "0")
+    assert run("vicreg", argv, Send(5, signal.SIGKILL))[0] == -signal.SIGKILL
+    assert run("vicreg", [*argv, "--resume"])[0] == 0
+
+
+@pytest.mark.parametrize("holdout", [[], ["--holdout"]])
+def test_a_streamed_folder_is_that_in_memory(holdout, pictures, tmp_path, monkeypatch):
+    """The same images and labels; the same judgement and pictures of a checkpoint, without the training images in memory."""
+    whole, data = load_folder(pictures, *holdout), load_folder(pictures, *holdout, "--stream")
+    assert data.images is data.train_images and isinstance(data.images, common.Stream) and isinstance(whole.images, torch.Tensor)
+    for name in ("train", "test"):
+        a, b = (getattr(each, f"{name}_images") for each in (whole, data))
+        assert torch.equal(a, torch.cat([*common.in_order(b, "cpu")]))
+        assert torch.equal(getattr(whole, f"{name}_labels")["class"], getattr(data, f"{name}_labels")["class"])
+    results = []
+    for stream in ([], ["--stream"]):
+        out = tmp_path / f"run{stream}"
+        importlib.import_module("vicreg").main(flags("vicreg", out, *STREAMED, str(pictures), *holdout, *stream))
+        eval_linear.main([str(out / "checkpoint.pt"), "--device", "cpu", "--augmented", "1", "--fine-tune", "1"])
+        results.append(json.loads((out / "eval.json").read_text()))
+    assert results[0] == results[1]
+    import figures
+    runs = [figures.load_run(tmp_path / f"run{stream}" / "checkpoint.pt", figures.arguments([str(out / "checkpoint.pt"), "--images", "40"]))
+            for stream in ([], ["--stream"])]
+    assert torch.equal(runs[0].images, runs[1].images) and torch.equal(runs[0].features["0"], runs[1].features["0"])
+
+
+def test_what_does_not_fit_in_memory_is_streamed(pictures, monkeypatch):
+    size = 80 * 3 * 8 * 8
+    for free, kind in ((2 * size, torch.Tensor), (2 * size - 2, common.Stream)):
+        monkeypatch.setattr(common, "free_memory", lambda device: free)
+        assert type(load_folder(pictures).images) is kind
+    monkeypatch.undo()
+    assert 2**20 < common.free_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_streamed_folder_is_listed_once(pictures, monkeypatch, capsys):
+    """Its second start walks no folder; a new image, a new class and a damaged index are noticed; nothing is kept of a folder in memory."""
+    walks, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda top, **more: (walks.append(str(top)), walk(top, **more))[1])
+    def loaded(*more):
+        walks.clear()
+        data = load_folder(pictures, "--stream", *more)
+        return len(data.images), len(data.test_images), set(Path(path).relative_to(pictures).parts[0] for path in walks)
+    load_folder(pictures)
+    assert len(list(pictures.iterdir())) == 2
+    assert loaded() == (64, 16, {"train", "test"})
+    assert loaded() == (64, 16, set())
+    (pictures / "train" / "cat" / "new.png").write_bytes((pictures / "train" / "cat" / "00.png").read_bytes())
+    assert loaded() == (65, 16, {"train"})
+    assert loaded() == (65, 16, set())
+    for part in ("train", "test"):
+        (pictures / part / "emu").mkdir()
+        (pictures / part / "emu" / "1.png").write_bytes((pictures / "train" / "cat" / "00.png").read_bytes())
+    assert loaded() == (66, 17, {"train", "test"})
+    assert load_folder(pictures, "--stream").train_labels["class"].bincount().tolist() == [33, 32, 1]
+    (pictures / "train-index.npz").write_bytes((pictures / "train-index.npz").read_bytes()[:500])
+    assert loaded() == (66, 17, {"train"})
+    (pictures / "test-index.npz").write_bytes(b"")
+    np.save(open(pictures / "train-index.npz", "wb"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    assert loaded() == (66, 17, {"train", "test"})
+    (pictures / "train" / "dog" / "loop").symlink_to("..")
+    with pytest.raises(common.Unusable, match="--data-dir: .*loop"):
+        loaded()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_index_that_cannot_be_written_is_a_warning(pictures, monkeypatch, capsys):
+    (pictures / "train-index.npz.tmp").mkdir()                             # where root may write anywhere
+    assert len(load_folder(pictures, "--stream").images) == 64
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ") and "train-index.npz" in error and error.count("\n") == 1
+
+
+def test_a_foreign_checkpoint_writes_no_index(pictures):
+    args = importlib.import_module("vicreg").arguments([*STREAMED, str(pictures), "--stream"])
+    common.load_dataset(args, download=False)
+    assert len(list(pictures.iterdir())) == 2
+
+
+def test_a_bad_image_in_a_streamed_run(pictures, tmp_path, capsys):
+    """Ends it with one line when its batch comes, what was saved is whole; or is left out by --skip-bad-images, found once."""
+    bad = pictures / "train" / "cat" / "30.png"
+    bad.write_bytes(b"no image")
+    argv = flags("vicreg", tmp_path / "run", *STREAMED, str(pictures), "--stream", "--checkpoint-minutes", "0")
+    status, error = run("vicreg", argv)
+    line = error.splitlines()[-1]
+    assert status == 1 and "Traceback" not in error
+    assert "vicreg.py: cannot read the image" in line and str(bad) in line and "--skip-bad-images" in line
+    assert load_folder(pictures, "--stream").images[[15]][0].startswith("cannot read the image")
+    for time in ("first", "second"):
+        data = load_folder(pictures, "--stream", "--skip-bad-images")
+        assert len(data.images) == len(data.train_labels["class"]) == 63
+        assert "30.png" not in b" ".join(data.images.paths).decode() and "skipped 1 of 64 images" in capsys.readouterr().err
+        with pytest.MonkeyPatch.context() as patch:                        # the second time nothing is decoded
+            patch.setattr(common, "read_all", lambda *args, **more: pytest.fail("read again"))
+            assert len(load_folder(pictures, "--stream", "--skip-bad-images").images) == 63
+    assert len(load_folder(pictures, "--stream").images) == 64
