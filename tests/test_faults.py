@@ -562,13 +562,6 @@ def test_a_streamed_run_equals_one_in_memory(pictures, tmp_path):
     assert_equal_runs(outs[2], outs[0])
 
 
-def test_a_killed_streamed_run_leaves_its_folder_unlocked(pictures, tmp_path):
-    """The worker processes outlive it by some seconds; the lock must not be theirs."""
-    argv = flags("vicreg", tmp_path / "run", *STREAMED, str(pictures), "--stream", "--checkpoint-minutes", "0")
-    assert run("vicreg", argv, Send(5, signal.SIGKILL))[0] == -signal.SIGKILL
-    assert run("vicreg", [*argv, "--resume"])[0] == 0
-
-
 @pytest.mark.parametrize("holdout", [[], ["--holdout"]])
 def test_a_streamed_folder_is_that_in_memory(holdout, pictures, tmp_path, monkeypatch):
     """The same images and labels; the same judgement and pictures of a checkpoint, without the training images in memory."""
