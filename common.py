@@ -375,8 +375,9 @@ def load_batches(images, index_batches, device):
         yield from (images[index] for index in index_batches)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     for batch in torch.utils.data.DataLoader(
-            images, batch_sampler=(index.tolist() for index in index_batches), collate_fn=stack, num_workers=min(cores, 16),
+            images, batch_sampler=(index.tolist() for index in index_batches), collate_fn=stack, num_workers=workers,
             pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator()):  # its own: else it draws from torch's
         if isinstance(batch, str):
             raise RunFailed(f"{batch}; what was saved is whole. A new run with --skip-bad-images finds all such images first.")
@@ -389,8 +390,9 @@ def stack(images):
 
 
 def leave_to_trainer(worker):
-    """In a worker process: a Ctrl-C is for the process that trains, and so is the lock on its folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker process: signals are for the process that trains, and so is the lock on its folder."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     for lock in LOCKS:
         os.close(lock)
 
@@ -943,10 +945,9 @@ def train(args, model, training_step, data, after_step=None):
         forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
-        batches = load_batches(data.images, draw_batches(data.images, args, first, steps), device)
         unread, saved = [], time.monotonic()
 
-        for step in range(first, steps):
+        for step, images in zip(range(first, steps), load_batches(data.images, draw_batches(data.images, args, first, steps), device)):
             epoch, i = divmod(step, per_epoch)
             if i == 0 or step == first:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
@@ -954,7 +955,6 @@ def train(args, model, training_step, data, after_step=None):
                 bar.initial = bar.n = i
                 began = time.perf_counter() - seconds
             generator.manual_seed(args.seed * 1_000_003 + step)
-            images = next(batches)
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
             for group in optimizer.param_groups:
@@ -1006,7 +1006,6 @@ def train(args, model, training_step, data, after_step=None):
                 if rank == 0:
                     print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
                 sys.exit(128 + stop[0])
-        batches.close()
 
 
 def draw_batches(images, args, first, steps):
