@@ -235,6 +235,9 @@ def main(argv=None, data=None):
     """Judge the checkpoint that argv names; data: its dataset, where the caller has it loaded already."""
     options = arguments(argv)
     model, args = load(options.checkpoint, options.device, options.data_dir)
+    for flag in ("augmented", "fine_tune", "supervised"):
+        if getattr(options, flag) and common.process()[1] > 1:
+            raise common.Unusable(f"argument --{flag.replace('_', '-')}: trains in one process; run it without torchrun")
     ## A checkpoint from a stranger must not decide where a download goes.
     data = data or common.load_dataset(args, download=options.data_dir is not None)
     labels = options.labels or list(data.train_labels)[:1]

@@ -17,8 +17,9 @@ a target encoder, which sees the whole image, makes of M blocks of the others:
 Where this script differs from the paper: by default D is smooth-L1, averaged over everything, as in the
 authors' code (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is drawn among
 those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may
-leave them, and never reach its last row and column. y is a random crop, nothing else. Published
-settings come with --recipe paper; the defaults are sized for images of 32 px and two CPU cores.
+leave them, and never reach its last row and column. y is a random crop, nothing else. Weights are Xavier's
+(the authors' standard deviation of 0.02 is nearly that at width 768, and too small for small networks).
+Published settings come with --recipe paper; the defaults were measured on images of 32 px and two CPU cores.
 """
 import copy
 
