@@ -13,7 +13,7 @@ Common to all sides: the same images, ResNet-18 with the 3x3 stem, projector 204
 
 ours            vicreg.py's own command line, at the precision it picks for this machine; AdamW
 ours-fp32       the same with --precision fp32
-lightly         the loop of lightly's example: fp32, SGD, VICRegTransform, DataLoader. Departs from it by lightly's own
+lightly         the loop of lightly's example: fp32, SGD, VICRegTransform, DataLoader. Departs from it by a lower rate, lightly's own
                 CIFAR ResNet, three layers in the head (the example has two) and images kept decoded in memory as PIL
 lightly-bf16    the same under bf16 autocast, with channels-last memory
 lightly-noblur  lightly-bf16 without the blur (p 0.5) that VICRegTransform has by default and vicreg.py leaves out at 32 px
@@ -99,7 +99,7 @@ def lightly(args, side):
     loader = torch.utils.data.DataLoader(data, BATCH, sampler=sampler, drop_last=True, num_workers=workers)
     model, criterion = lightly_model(args.width), VICRegLoss()
     model = model.to(memory_format=torch.channels_last) if bf16 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)                # 0.06, the example's, diverges at times
     for step, (x0, x1) in enumerate(loader):
         if step == args.steps:
             began = time.perf_counter()
