@@ -135,7 +135,7 @@ def over_epochs(runs, what, values):
         rows = [(row["epoch"], values(row)) for row in run.history if values(row)]
         for j, level in enumerate(rows[0][1] if rows else ()):
             axis.plot([epoch for epoch, _ in rows], [value[level] for _, value in rows], label=f"{run.name}: level {level}",
-                      color=COLOURS[(k * 3 + 6 * j) % 9], marker=MARKERS[j], linestyle=["-", "--"][j % 2])
+                      color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j], linestyle=["-", "--"][j % 2])
     if not axis.lines:
         return None
     axis.set(title=what, xlabel="epoch")
@@ -169,7 +169,7 @@ def spectrum(runs):
     for k, run in enumerate(runs):
         for j, (level, z) in enumerate(run.features.items()):
             eigenvalues = torch.linalg.eigvalsh(z.float().T.cov()).flip(0).clamp(min=1e-12).cpu()
-            axis.plot(range(1, len(eigenvalues) + 1), (eigenvalues / eigenvalues.sum()).numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 6 * j) % 9],
+            axis.plot(range(1, len(eigenvalues) + 1), (eigenvalues / eigenvalues.sum()).numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 4 * j) % 10],
                       label=f"{run.name}: level {level}, effective rank {common.effective_rank(z):.1f}")
     axis.set(title="spectrum of the features' covariance", xlabel="eigenvalue, by size", ylabel="share of the variance", yscale="log", ylim=(1e-7, 1))
     axis.grid(alpha=0.3)
