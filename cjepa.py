@@ -30,13 +30,13 @@ from common import View, take
 # ---- loss terms -----------------------------------------------------------------------------
 
 
-def invariance(z1, z2):
+def invariance(z_1, z_2):
     """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
 
-    z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
+    z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
     ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
-    return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
+    return F.mse_loss(z_1, z_2)                                             # VICReg Eq. (5), over n * d
 
 
 def variance(z, gamma=1.0, eps=1e-4):
@@ -44,8 +44,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root
-    ## matters: the gradient of the variance itself vanishes where a dimension has collapsed.
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
+    ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -56,26 +56,26 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank in the log.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
     return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
 
 
-def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
+def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
 
-    z1, z2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name as they enter it.
     """
-    with torch.autocast(z1.device.type, enabled=False):                   # bf16 would round C(Z)
-        z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
-        s = invariance(z1, z2)
-        ## The paper adds the two views' variances; the authors' code takes their mean. With the sum,
-        ## mu = 25 would weigh twice as much as published.
-        v = (variance(z1) + variance(z2)) / 2
-        c = covariance(z1) + covariance(z2)
+    with torch.autocast(z_1.device.type, enabled=False):                   # bf16 would round C(Z)
+        z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
+        s = invariance(z_1, z_2)
+        ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25
+        ## belongs, take the mean; with the sum it would weigh twice as much as it did there.
+        v = (variance(z_1) + variance(z_2)) / 2
+        c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
     return loss, {"invariance": s, "variance": v, "covariance": c}
 
@@ -118,21 +118,22 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def indices(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## Images of a batch leave different numbers of patches; a tensor needs one number. This cut, not
-    ## the blocks, brings the context down to a quarter of the image: it depends on the batch size. The
-    ## first ones stay, as in the authors' code, so the lower rows are seldom seen by the context encoder.
+    ## Images of a batch leave different numbers of patches; a tensor needs one number. On 14 x 14 patches the blocks
+    ## leave 0.42 of the image on average, and the smallest number in a batch of 128 is 0.26: the context depends on the
+    ## batch size. The first ones stay, as in the authors' code, so the lower rows are seldom seen by the context encoder.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
-    """The paper's masks: M blocks to predict, and of one large square whatever they leave.
+    """The paper's masks: M blocks to predict, and as context what they leave of one large square.
 
-    Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
+    All blocks of a batch have one size, and each has its own place. Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
     """
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would be an answer in the question.
+    ## A context patch inside a target would be an answer in the question. (On 8 x 8 patches the square is the whole
+    ## image: 7 x 7 would be less than 0.85 of it.)
     context.scatter_(1, targets.flatten(1), False)
     return indices(context), targets                                      # I-JEPA masks: B_x
 
@@ -215,7 +216,7 @@ class JEPA(nn.Module):
         return self.predictor(s_x, context, targets), s_y
 
     def representations(self, y):
-        """{level: [B, D]}: what is kept after training, the mean of each encoder's patch features."""
+        """{level: [B, D]}: what common.train and eval_linear judge, the mean of each encoder's patch features."""
         return {"target": self.target_encoder(y).mean(1), "context": self.context_encoder(y).mean(1)}
 
 
@@ -226,7 +227,7 @@ def training_step(model, x, args, generator):
     """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
-    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # not the numbers of the crop
+    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # far from any seed of the crop
     masks = draw_masks(args, len(x) * common.process()[1], cpu_generator)                   # of all processes
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]

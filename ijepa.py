@@ -5,8 +5,8 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y becomes N patches. A context encoder sees some of them, a predictor says from these alone what
-a target encoder, which sees the whole image, makes of M blocks of the others:
+An image y becomes N patches. A context encoder sees some of them (the slides' x), a predictor says from
+these alone what a target encoder, which sees the whole image, makes of M blocks of the others:
 
     s_y = target encoder(y)               features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)       features of the context's patches [B, Nc, D]
@@ -14,12 +14,12 @@ a target encoder, which sees the whole image, makes of M blocks of the others:
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1            the EMA
 
-Where this script differs from the paper: by default D is smooth-L1, averaged over everything, as in the
-authors' code (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is drawn among
-those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may
-leave them, and never reach its last row and column. y is a random crop, nothing else. Weights are Xavier's
-(the authors' standard deviation of 0.02 is nearly that at width 768, and too small for small networks).
-Published settings come with --recipe paper; the defaults were measured on images of 32 px and two CPU cores.
+Where this script differs from the paper: the layer norm of s_y, and by default D as smooth-L1, averaged over
+everything, are the authors' code's (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is
+drawn among those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may leave
+them, and never reach its last row and column. y is a random crop, nothing else. Weights are Xavier's (the authors'
+standard deviation of 0.02 is nearly that at width 768, and too small for small networks). Published settings come
+with --recipe paper; the defaults, such as m from 0.99, were measured on images of 32 px and two CPU cores.
 """
 import copy
 
@@ -72,21 +72,22 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def indices(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## Images of a batch leave different numbers of patches; a tensor needs one number. This cut, not
-    ## the blocks, brings the context down to a quarter of the image: it depends on the batch size. The
-    ## first ones stay, as in the authors' code, so the lower rows are seldom seen by the context encoder.
+    ## Images of a batch leave different numbers of patches; a tensor needs one number. On 14 x 14 patches the blocks
+    ## leave 0.42 of the image on average, and the smallest number in a batch of 128 is 0.26: the context depends on the
+    ## batch size. The first ones stay, as in the authors' code, so the lower rows are seldom seen by the context encoder.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
-    """The paper's masks: M blocks to predict, and of one large square whatever they leave.
+    """The paper's masks: M blocks to predict, and as context what they leave of one large square.
 
-    Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
+    All blocks of a batch have one size, and each has its own place. Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
     """
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would be an answer in the question.
+    ## A context patch inside a target would be an answer in the question. (On 8 x 8 patches the square is the whole
+    ## image: 7 x 7 would be less than 0.85 of it.)
     context.scatter_(1, targets.flatten(1), False)
     return indices(context), targets                                      # I-JEPA masks: B_x
 
@@ -169,7 +170,7 @@ class JEPA(nn.Module):
         return self.predictor(s_x, context, targets), s_y
 
     def representations(self, y):
-        """{level: [B, D]}: what is kept after training, the mean of each encoder's patch features."""
+        """{level: [B, D]}: what common.train and eval_linear judge, the mean of each encoder's patch features."""
         return {"target": self.target_encoder(y).mean(1), "context": self.context_encoder(y).mean(1)}
 
 
@@ -180,7 +181,7 @@ def training_step(model, x, args, generator):
     """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
-    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # not the numbers of the crop
+    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # far from any seed of the crop
     masks = draw_masks(args, len(x) * common.process()[1], cpu_generator)                   # of all processes
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]

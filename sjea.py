@@ -5,20 +5,28 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
     python sjea.py --stacks 2 --dataset stl10
 
-A second encoder reads the *map* of the first, before pooling, and each stack has its own projector
-and its own VICReg loss. In the paper's Algorithm 1, with f1, h1 here f[0], h[0] and f2, h2 here f[1], h[1]:
+A second encoder reads the *map* of the first, before pooling, and each stack has its own VICReg loss.
+In names such as z0_1 the digit is the stack and _1 the view. f1, h1 of the paper's Algorithm 1 are f[0], h[0] here,
+f2, h2 are f[1], h[1], and pooling, which its section 3.2 describes, is written out:
 
-    y0 = f[0](x)   map [B, 512, h, w]       z0 = h[0](pool(y0))   embeddings [B, d]       loss0(z0_1, z0_2)
-    y1 = f[1](y0)  map [B, 512, h', w']     z1 = h[1](pool(y1))                           loss1(z1_1, z1_2)
+    y0 = f[0](x)   map [B, C, h, w]     z0 = h[0](pool(y0))   embeddings [B, d]     loss0 = l(z0_1, z0_2)
+    y1 = f[1](y0)  map [B, C, h', w']   z1 = h[1](pool(y1))                         loss1 = l(z1_1, z1_2)
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]   in each stack
              loss = loss0 + loss1, and it flows back through all stacks
 
-The terms s, v, c are VICReg's Eq. (1) to (5), in the convention of vicreg.py: s is also divided by d,
-and the variance term is halved, as in S-JEA's own code. Algorithm 1 prints y1_1 = f2(y1_1), a slip for
-f2(y0_1). A later stack's stem is the 3x3 convolution, whatever stem the first has: with it the two
-stacks count the 23.2 M parameters of Table 2. With --stacks 1 this script is vicreg.py, bit for bit.
-As there, the default settings suit minutes on two CPU cores: width 16, AdamW, nu = 8. The paper's are flags.
+C is 512 at width 64; at 32 px, h = w = 4 and h' = w' = 1. The terms are VICReg's, Algorithm 1's i_loss, v_loss, c_loss:
+
+    s(Z, Z') = 1/n  sum_i ||z_i - z'_i||^2                      the two views agree           VICReg Eq. (5)
+    v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))          every dimension is spread     VICReg Eq. (1), (2)
+    c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                        no two say the same           VICReg Eq. (3), (4)
+
+As in S-JEA's own code, s is also divided by d, and the variance term is halved. Algorithm 1 prints y1_1 = f2(y1_1),
+a slip for f2(y0_1). A later stack's stem is the 3x3 convolution, whatever stem the first has; at width 64, with a
+projector 256-256-256 on each, the two stacks then count 23.16 M parameters (Table 2: 23.2; one stack 11.43, there 11.6).
+With --stacks 1 the weights are those of vicreg.py, bit for bit. The default settings suit minutes on two CPU cores:
+width 16, AdamW, nu = 8, a projector on each stack. The paper's, with none on stack 1 as behind Table 1, are
+--dataset cifar10 --width 64 --batch-size 128 --lr 0.002 --nu 1 --epochs 200 --projectors 10.
 """
 import torch
 import torch.nn.functional as F
@@ -31,13 +39,13 @@ from common import View, pool
 # ---- loss terms -----------------------------------------------------------------------------
 
 
-def invariance(z1, z2):
+def invariance(z_1, z_2):
     """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
 
-    z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
+    z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
     ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
-    return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
+    return F.mse_loss(z_1, z_2)                                             # VICReg Eq. (5), over n * d
 
 
 def variance(z, gamma=1.0, eps=1e-4):
@@ -45,8 +53,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root
-    ## matters: the gradient of the variance itself vanishes where a dimension has collapsed.
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
+    ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -57,26 +65,26 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank in the log.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
     return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
 
 
-def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
+def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
 
-    z1, z2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name as they enter it.
     """
-    with torch.autocast(z1.device.type, enabled=False):                   # bf16 would round C(Z)
-        z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
-        s = invariance(z1, z2)
-        ## The paper adds the two views' variances; the authors' code takes their mean. With the sum,
-        ## mu = 25 would weigh twice as much as published.
-        v = (variance(z1) + variance(z2)) / 2
-        c = covariance(z1) + covariance(z2)
+    with torch.autocast(z_1.device.type, enabled=False):                   # bf16 would round C(Z)
+        z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
+        s = invariance(z_1, z_2)
+        ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25
+        ## belongs, take the mean; with the sum it would weigh twice as much as it did there.
+        v = (variance(z_1) + variance(z_2)) / 2
+        c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
     return loss, {"invariance": s, "variance": v, "covariance": c}
 
@@ -100,19 +108,19 @@ class SJEA(nn.Module):
         super().__init__()
         self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
         channels, size = 3, args.image_size
-        for has_projector in args.projectors:
-            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))
+        for has_projector in args.projectors:                             # "10": one character for each stack
+            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to a size of 64
             channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
             self.h.append(projector(channels, args.projector) if has_projector == "1" else nn.Identity())
 
     def maps(self, x):
-        """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, 512, h, w]."""
-        ys = []
+        """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, C, h, w]."""
+        y, ys = x, []
         for f in self.f:
             ## Nothing is resized or pooled between stacks: stack 1 sees where in the image y0 found
             ## what. With --stop-gradient, loss1 cannot reshape y0, and stack 0 is plain VICReg.
-            x = f(x.detach() if ys and self.stop_gradient else x)         # S-JEA Algorithm 1: y0 = f1(x), y1 = f2(y0)
-            ys.append(x)
+            y = f(y.detach() if ys and self.stop_gradient else y)         # S-JEA Algorithm 1: y0 = f1(x), y1 = f2(y0)
+            ys.append(y)
         return ys
 
     def forward(self, x_1, x_2):
@@ -121,7 +129,7 @@ class SJEA(nn.Module):
                 for h, y_1, y_2 in zip(self.h, self.maps(x_1), self.maps(x_2))]
 
     def representations(self, x):
-        """{level: [B, 512]}: what is kept after training, each stack's pooled map."""
+        """{level: [B, C]}: what common.train and eval_linear judge, each stack's pooled map."""
         return {str(stack): pool(y) for stack, y in enumerate(self.maps(x))}
 
 
@@ -129,10 +137,12 @@ class SJEA(nn.Module):
 
 
 def transformations(args):
-    """(t_1, t_2): the published distributions of the two views. Up to 64 px blur is left out."""
-    crop, blur = (args.crop_min, 1.0), args.image_size > 64
+    """(t_1, t_2): the distributions of the two views, as in the authors' code. Images of 64 px or less are not blurred."""
+    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
+    if args.augmentation == "crop":
+        return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
     ## VICReg's two views differ: the first is always blurred, the second rarely, but at times solarized.
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
@@ -160,11 +170,11 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
-    add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--projectors", help="which stacks have one, Table 3: 10 is on stack 0 and none on stack 1 (default: all)")
+    add("--projector", type=common.widths, default="256-256-256", help="widths of each h's layers; the last is d")
+    add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
-    add("--augmentation", choices=("vicreg", "sjea"), default="sjea", help="whose distributions of the two views")
+    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")

@@ -33,13 +33,13 @@ from common import View, pool
 # ---- loss terms -----------------------------------------------------------------------------
 
 
-def invariance(z1, z2):
+def invariance(z_1, z_2):
     """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
 
-    z1, z2: [n, d] embeddings of the two views. Returns a scalar >= 0.
+    z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
     ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
-    return F.mse_loss(z1, z2)                                             # VICReg Eq. (5), over n * d
+    return F.mse_loss(z_1, z_2)                                             # VICReg Eq. (5), over n * d
 
 
 def variance(z, gamma=1.0, eps=1e-4):
@@ -47,8 +47,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root
-    ## matters: the gradient of the variance itself vanishes where a dimension has collapsed.
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
+    ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -59,26 +59,26 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank in the log.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
     return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
 
 
-def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
+def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
 
-    z1, z2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name as they enter it.
     """
-    with torch.autocast(z1.device.type, enabled=False):                   # bf16 would round C(Z)
-        z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
-        s = invariance(z1, z2)
-        ## The paper adds the two views' variances; the authors' code takes their mean. With the sum,
-        ## mu = 25 would weigh twice as much as published.
-        v = (variance(z1) + variance(z2)) / 2
-        c = covariance(z1) + covariance(z2)
+    with torch.autocast(z_1.device.type, enabled=False):                   # bf16 would round C(Z)
+        z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
+        s = invariance(z_1, z_2)
+        ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25
+        ## belongs, take the mean; with the sum it would weigh twice as much as it did there.
+        v = (variance(z_1) + variance(z_2)) / 2
+        c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
     return loss, {"invariance": s, "variance": v, "covariance": c}
 
@@ -109,7 +109,7 @@ class VICReg(nn.Module):
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
     def representations(self, x):
-        """{level: [B, 512]}: what is kept after training, f's pooled map."""
+        """{level: [B, 512]}: what common.train and eval_linear judge, f's pooled map."""
         return {"0": pool(self.f(x))}
 
 
@@ -117,10 +117,12 @@ class VICReg(nn.Module):
 
 
 def transformations(args):
-    """(t_1, t_2): the published distributions of the two views. Up to 64 px blur is left out."""
-    crop, blur = (args.crop_min, 1.0), args.image_size > 64
+    """(t_1, t_2): the distributions of the two views, as in the authors' code. Images of 64 px or less are not blurred."""
+    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
+    if args.augmentation == "crop":
+        return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
     ## VICReg's two views differ: the first is always blurred, the second rarely, but at times solarized.
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
@@ -143,7 +145,7 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--augmentation", choices=("vicreg", "sjea"), default="sjea", help="whose distributions of the two views")
+    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
