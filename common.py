@@ -397,11 +397,6 @@ def leave_to_trainer(worker):
         os.close(lock)
 
 
-def in_order(images, device):
-    """All images in their order, in batches of 500, as load_batches gives them."""
-    return load_batches(images, torch.arange(len(images), device=images.device).split(500), device)
-
-
 def upright_rgb(image):
     """A PIL image of any mode as RGB, turned as its EXIF data says; the first frame of an animation."""
     image = ImageOps.exif_transpose(image)
@@ -824,6 +819,8 @@ def share(x):
 
 
 class Gather(torch.autograd.Function):
+    """all_gather with a gradient: each process gets that of its own rows."""
+
     @staticmethod
     def forward(ctx, z):
         parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]

@@ -258,7 +258,7 @@ def main(argv=None, data=None):
         features[f"untrained {level}"] = pair
     small = min(32, args.image_size)           # raw pixels of larger images fit neither a memory nor a classifier
     features["raw pixels"] = [torch.cat([common.resize(batch, small).flatten(1).float() / 255       # [N, 3 * small * small]
-                                         for batch in common.in_order(x, args.device)]) for x in parts]
+                                         for batch in common.load_batches(x, torch.arange(len(x), device=x.device).split(500), args.device)]) for x in parts]
 
     split = f"{len(data.test_images)} {'held-out' if args.holdout else 'test'} images"
     y = {label: (data.train_labels[label], data.test_labels[label]) for label in data.train_labels}

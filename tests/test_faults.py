@@ -569,7 +569,7 @@ def test_a_streamed_folder_is_that_in_memory(holdout, pictures, tmp_path, monkey
     assert data.images is data.train_images and isinstance(data.images, common.Stream) and isinstance(whole.images, torch.Tensor)
     for name in ("train", "test"):
         a, b = (getattr(each, f"{name}_images") for each in (whole, data))
-        assert torch.equal(a, torch.cat([*common.in_order(b, "cpu")]))
+        assert torch.equal(a, torch.cat([*common.load_batches(b, torch.arange(len(b)).split(500), "cpu")]))
         assert torch.equal(getattr(whole, f"{name}_labels")["class"], getattr(data, f"{name}_labels")["class"])
     results = []
     for stream in ([], ["--stream"]):
@@ -647,7 +647,7 @@ def test_a_bad_image_in_a_streamed_run(pictures, tmp_path, capsys):
     assert status == 1 and "Traceback" not in error
     assert "vicreg.py: cannot read the image" in line and str(bad) in line and "--skip-bad-images" in line
     assert load_folder(pictures, "--stream").images[[15]][0].startswith("cannot read the image")
-    for time in ("first", "second"):
+    for attempt in ("first", "second"):
         data = load_folder(pictures, "--stream", "--skip-bad-images")
         assert len(data.images) == len(data.train_labels["class"]) == 63
         assert "30.png" not in b" ".join(data.images.paths).decode() and "skipped 1 of 64 images" in capsys.readouterr().err
