@@ -186,3 +186,12 @@ def test_drawing_the_curves_leaves_no_figure_behind(tmp_path):
         assert sum(type(each) is Figure for each in gc.get_objects()) <= before + 1    # the last may wait for the next
     finally:
         gc.enable()
+
+
+def test_augmentation_crop_leaves_colours_alone():
+    args = vicreg.arguments(["--augmentation", "crop"])
+    colour = torch.tensor([200, 100, 30], dtype=torch.uint8)
+    images = colour[None, :, None, None].expand(64, 3, 32, 32).contiguous()
+    expected = common.normalise((colour.float() / 255)[None, :, None, None]).expand(64, 3, 32, 32)
+    for view in vicreg.transformations(args):
+        torch.testing.assert_close(common.augment(images, view, 32, torch.Generator().manual_seed(0)), expected, atol=1e-5, rtol=0)
