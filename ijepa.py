@@ -192,10 +192,10 @@ def training_step(model, x, args, generator):
 @torch.no_grad()
 def update_target(model, args, progress):
     """The EMA, after each step: momentum m goes linearly from args.ema to 1, or stays at 0."""
-    ## With m = 0 the target is the context encoder itself, but without its gradient, and that is enough: nothing pulls the
-    ## features towards the predictions, and no run here collapsed. Give it the gradient, and all images share one vector within
-    ## an epoch (README, "Break it and see"). What m adds is steadiness; what is slow depends on the number of steps: 0.996
-    ## forgets in 250, and was chosen for runs of 400,000.
+    ## With m = 0 the target is the context encoder itself, without its gradient: it follows every step, and drifts towards
+    ## a constant, for which any prediction is right. Slowness is what I-JEPA has against that; with a gradient of its own
+    ## the target would be there within an epoch (README, "Break it and see"). What is slow depends on the number of
+    ## steps: 0.996 forgets in 250, and was chosen for runs of 400,000.
     m = args.ema + (1 - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
