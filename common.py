@@ -1121,7 +1121,7 @@ def report(row, epochs, history):
         parts.append(show("k-NN", [f"{100 * accuracy:.1f}" for accuracy in row["knn"].values()]))
     tqdm.write("  ".join(parts + [f"{row['images_per_second']:.0f} images/s", f"{row['peak_memory_mb']:.0f} MB"]))
     for level, rank in row["effective_rank"].items():
-        if rank < 1.5 and not any(past["effective_rank"][level] < 1.5 for past in history[:-1]):
+        if rank < 2 and not any(past["effective_rank"][level] < 2 for past in history[:-1]):  # one direction is left, or none
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
                        "Try a lower --lr, a larger variance weight (--mu, --beta-std), a slower target (--ema).", file=sys.stderr)
 

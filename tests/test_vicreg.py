@@ -174,6 +174,19 @@ def test_resume_refuses_other_settings(tiny_run):
         tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
 
 
+def test_one_direction_is_a_collapse_and_two_are_not(capsys):
+    """The warning by the number of directions that embeddings have, each of variance 1, and once for a level that stays there."""
+    z = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky((z - z.mean(0)).T @ (z - z.mean(0)) / 499)).T    # covariance I
+    row = lambda directions: {"epoch": 1, "loss": 1.0, "images_per_second": 1.0, "peak_memory_mb": 1.0,
+                              "effective_rank": {"0": common.effective_rank(0.99 * z[:, :directions])}}
+    for directions, warns in ((3, False), (2, False), (1, True)):
+        common.report(row(directions), 2, [row(directions)])
+        assert ("level 0 is collapsing" in capsys.readouterr().err) == warns
+    common.report(row(1), 2, [row(1), row(1)])
+    assert "collapsing" not in capsys.readouterr().err
+
+
 def test_drawing_the_curves_leaves_no_figure_behind(tmp_path):
     """Figures are full of reference cycles; a run of many epochs must not pile them up until the collector comes by."""
     row = {"epoch": 1, "loss": 1.0, "variance": 0.5, "effective_rank": {"0": 2.0}, "feature_std": {"0": 0.1}, "knn": {"0": 0.5}}
