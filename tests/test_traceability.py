@@ -1,5 +1,6 @@
 """The house's promises: equal functions in two scripts, tags against the README's map, `##` removable."""
 import ast
+import importlib.util
 import io
 import itertools
 import re
@@ -9,6 +10,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 METHODS = [name for name in ("vicreg.py", "sjea.py", "ijepa.py", "cjepa.py") if (ROOT / name).exists()]
@@ -77,6 +79,20 @@ def test_without_teaching_comments_the_program_is_the_same():
         stripped = re.sub(r"^ *##.*\n", "", text, flags=re.M)
         assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(stripped)), path
         assert "##" not in stripped, path
+
+
+@pytest.mark.parametrize("script", ["ijepa.py", "cjepa.py"])
+def test_readmes_sed_gives_the_target_its_gradient(script, tmp_path):
+    """"Break it and see" edits a script by sed: in the copy, and there alone, a gradient flows through the target."""
+    edits = re.search(r"sed '(.+?)' ijepa\.py > collapse\.py", (ROOT / "README.md").read_text()).group(1)
+    copy = tmp_path / script
+    copy.write_text(subprocess.run(["sed", edits, ROOT / script], capture_output=True, text=True, check=True).stdout)
+    for path, flows in ((ROOT / script, False), (copy, True)):
+        spec = importlib.util.spec_from_file_location("edited", path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        model = module.JEPA(module.arguments([]))
+        context, targets = module.draw_masks(module.arguments([]), 2, torch.Generator())
+        assert model(torch.randn(2, 3, 32, 32), context, targets)[1].requires_grad == flows
 
 
 @pytest.mark.parametrize("script", METHODS + ["eval_linear.py", "figures.py"])
