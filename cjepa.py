@@ -36,7 +36,7 @@ def invariance(z_1, z_2):
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
     ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
-    return F.mse_loss(z_1, z_2)                                             # VICReg Eq. (5), over n * d
+    return F.mse_loss(z_1, z_2)                                           # VICReg Eq. (5), over n * d
 
 
 def variance(z, gamma=1.0, eps=1e-4):
@@ -69,7 +69,7 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name as they enter it.
     """
-    with torch.autocast(z_1.device.type, enabled=False):                   # bf16 would round C(Z)
+    with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
         ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25

@@ -5,7 +5,7 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y becomes N patches. A context encoder sees some of them (the slides' x), a predictor says from
+An image y becomes N patches. A context encoder sees some of them (the paper's x), a predictor says from
 these alone what a target encoder, which sees the whole image, makes of M blocks of the others:
 
     s_y = target encoder(y)               features of all patches [B, N, D], layer-normed, no gradient
