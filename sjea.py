@@ -170,7 +170,7 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
-    add("--projector", type=common.widths, default="256-256-256", help="widths of each h's layers; the last is d")
+    add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
