@@ -127,7 +127,8 @@ def indices(mask):
 def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: M blocks to predict, and as context what they leave of one large square.
 
-    All blocks of a batch have one size, and each has its own place. Returns (context [B, Nc], targets [B, M, Nt]), row-major indices of patches on a grid of grid_size^2.
+    All blocks of a batch have one size, and each has its own place. Returns (context [B, Nc], targets [B, M, Nt]),
+    row-major indices of patches on a grid of grid_size^2.
     """
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
@@ -260,7 +261,7 @@ def update_target(model, args, progress):
 # ---- arguments ------------------------------------------------------------------------------
 
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, crop_min=0.3, predictor_depth=6)  # ViT-B/16
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, crop_min=0.3, predictor_depth=6, num_targets=4)  # ViT-B/16
 
 
 def arguments(argv=None):
@@ -272,7 +273,7 @@ def arguments(argv=None):
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1, 64), default=3, help="blocks of the predictor")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=4, help="M: target blocks of multiblock")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4)")
     add("--target-scale", type=number(float, 0, 1), nargs=2, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
@@ -285,8 +286,8 @@ def arguments(argv=None):
     add("--views", choices=("blocks", "target"), default="blocks", help="pooled predictions of an image's blocks, pairwise; or their mean and the pooled target")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="cjepa", epochs=5, batch_size=32, lr=8e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=1)
+    common.add_common_arguments(parser, method="cjepa", epochs=5, batch_size=32, lr=16e-3, weight_decay=0.04,
+                                warmup_epochs=0.5, eval_every=5)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)

@@ -26,7 +26,8 @@ a slip for f2(y0_1). A later stack's stem is the 3x3 convolution, whatever stem 
 projector 256-256-256 on each, the two stacks then count 23.16 M parameters (Table 2: 23.2; one stack 11.43, there 11.6).
 With --stacks 1 the weights are those of vicreg.py, bit for bit. The default settings suit minutes on two CPU cores:
 width 16, AdamW, nu = 8, a projector on each stack. The paper's, with none on stack 1 as behind Table 1, are
---dataset cifar10 --width 64 --batch-size 128 --lr 0.002 --nu 1 --epochs 200 --projectors 10.
+--dataset cifar10 --width 64 --batch-size 128 --lr 0.002 --nu 1 --epochs 200 --projectors 10. --base barlow-twins
+stacks another method: Barlow Twins' loss in the place of VICReg's.
 """
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,21 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
     return loss, {"invariance": s, "variance": v, "covariance": c}
+
+
+def barlow_twins_loss(z_1, z_2, lambda_=0.005):
+    """L_BT of Barlow Twins Eq. (1), Zbontar et al. 2021, https://arxiv.org/abs/2103.03230: another base to stack on.
+
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
+    """
+    ## Here both of VICReg's regularisers live in one matrix, *across* the views: its diagonal at 1 asks for agreement and
+    ## for spread, the rest at 0 for dimensions that say different things. S-JEA's paper leaves open which base gains by stacking.
+    with torch.autocast(z_1.device.type, enabled=False):
+        z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
+        C = z_1.T @ z_2 / len(z_1)                                        # Barlow Twins Eq. (2)  [d, d]
+        on_diagonal = (1 - C.diagonal()).pow(2).sum()
+        off_diagonal = C.pow(2).sum() - C.diagonal().pow(2).sum()
+    return on_diagonal + lambda_ * off_diagonal, {"on_diagonal": on_diagonal, "off_diagonal": off_diagonal}  # Barlow Twins Eq. (1)
 
 
 # ---- model ----------------------------------------------------------------------------------
@@ -155,7 +171,8 @@ def training_step(model, x, args, generator):
     loss, terms, embeddings = 0, {}, {}
     for stack, z in enumerate(model(x_1, x_2)):
         z_1, z_2 = map(common.gather, z)                                  # [B, d], of all processes
-        loss_k, terms_k = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)      # S-JEA Eq. (1)
+        loss_k, terms_k = (vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu) if args.base == "vicreg"    # S-JEA Eq. (1)
+                           else barlow_twins_loss(z_1, z_2))
         loss = loss + args.stack_weights[stack] * loss_k                  # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_k.items()}
         embeddings[str(stack)] = z_1
@@ -173,6 +190,7 @@ def arguments(argv=None):
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
+    add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")

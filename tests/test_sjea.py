@@ -90,6 +90,25 @@ def test_table_2_parameter_counts():
     assert common.count_parameters(sjea.SJEA(sjea.arguments(paper))) / 2e6 == pytest.approx(11.6, abs=0.05)
 
 
+def test_barlow_twins_against_a_loop_over_its_equations(shapes_64):
+    """Eq. (1) and (2) in float64, entry by entry; and in every stack of a step, whatever the views are scaled by."""
+    torch.manual_seed(0)
+    z_1, z_2 = torch.randn(2, 7, 5, dtype=torch.float64)
+    a, b = z_1 - z_1.mean(0), z_2 - z_2.mean(0)
+    loss = 0.0
+    for i in range(5):
+        for j in range(5):
+            C = (a[:, i] * b[:, j]).sum() / (a[:, i].pow(2).sum().sqrt() * b[:, j].pow(2).sum().sqrt())
+            loss += (1 - C) ** 2 if i == j else 0.005 * C**2
+    assert sjea.barlow_twins_loss(z_1, z_2)[0].item() == pytest.approx(loss.item(), rel=1e-4)      # batch norm's eps of 1e-5
+    assert sjea.barlow_twins_loss(1000 * z_1, 1000 * z_2)[0].item() == pytest.approx(loss.item(), rel=1e-9)
+
+    args = sjea.arguments(SMALL + ["--base", "barlow-twins", "--stack-weights", "1", "0.5"])
+    loss, terms, _ = sjea.training_step(sjea.SJEA(args), shapes_64.images, args, torch.Generator().manual_seed(1))
+    own = [terms[f"on_diagonal_{k}"] + 0.005 * terms[f"off_diagonal_{k}"] for k in range(2)]
+    assert loss.item() == pytest.approx((own[0] + own[1] / 2).item(), rel=1e-5)
+
+
 def test_taps_that_see_only_padding_get_no_gradient(shapes_64):
     """On stack 1's maps of 2x2 and 1x1, in bf16: kernels have been seen to leave memory's old content there."""
     args = sjea.arguments(["--width", "16", "--precision", "bf16", "--device", "cpu"])

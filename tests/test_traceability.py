@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 METHODS = [name for name in ("vicreg.py", "sjea.py", "ijepa.py", "cjepa.py") if (ROOT / name).exists()]
 OWN = {"training_step", "arguments", "main"}   # every script has its own
-TAG = re.compile(r"(?:VICReg|S-JEA|I-JEPA|C-JEPA) (?:Eq\. \(\d\)|Algorithm \d|Table \d|masks|loss|predictor|EMA)")
+TAG = re.compile(r"(?:VICReg|S-JEA|Barlow Twins|I-JEPA|C-JEPA) (?:Eq\. \(\d\)|Algorithm \d|Table \d|masks|loss|predictor|EMA)")
 
 
 def functions(path):
