@@ -38,7 +38,7 @@ def test_without_its_terms_it_is_ijepa_bit_for_bit(precision, shapes_64):
 @pytest.mark.parametrize("views", ["blocks", "target"])
 def test_the_loss_is_ijepas_and_the_weighted_terms(views, shapes_64):
     """Terms by hand from the model's predictions: a loop over pairs of blocks, or prediction against target."""
-    args = cjepa.arguments(SMALL + ["--views", views, "--beta-vicreg", "0.5", "--beta-sim", "2", "--beta-std", "3", "--beta-cov", "5"])
+    args = cjepa.arguments(SMALL + ["--num-targets", "4", "--views", views, "--beta-vicreg", "0.5", "--beta-sim", "2", "--beta-std", "3", "--beta-cov", "5"])
     torch.manual_seed(0)
     model, seen = cjepa.JEPA(args), {}
     model.register_forward_hook(lambda module, inputs, output: seen.update(output=output, targets=inputs[2]))

@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
     made = {}
     for method in ("sjea", "ijepa"):
         out = tmp_path_factory.mktemp("figures") / method
-        small = ["--predictor-width", "12", "--predictor-depth", "1"] if method == "ijepa" else ["--width", "4", "--projector", "16-16"]
+        small = ["--num-targets", "4", "--predictor-width", "12", "--predictor-depth", "1"] if method == "ijepa" else ["--width", "4", "--projector", "16-16"]
         __import__(method).main(["--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--epochs", "2", "--eval-every", "1", "--out", str(out), *small])
         made[method] = figures.load_run(out / "checkpoint.pt", options)
     yield made
