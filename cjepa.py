@@ -248,12 +248,13 @@ def training_step(model, x, args, generator):
 
 @torch.no_grad()
 def update_target(model, args, progress):
-    """The EMA, after each step: momentum m goes linearly from args.ema to 1, or stays at 0."""
+    """The EMA, after each step: momentum m goes linearly from args.ema to args.ema_end, or stays at 0."""
     ## With m = 0 the target is the context encoder itself, without its gradient: it follows every step, and drifts towards
     ## a constant, for which any prediction is right. Slowness is what I-JEPA has against that; with a gradient of its own
     ## the target would be there within an epoch (README, "Break it and see"). What is slow depends on the number of
-    ## steps: 0.996 forgets in 250, and was chosen for runs of 400,000.
-    m = args.ema + (1 - args.ema) * progress if args.ema else 0.0
+    ## steps: 0.996 forgets in 250, and was chosen for runs of 400,000. Going to 1, as published, stops the target before a
+    ## run of a few thousand has learned much.
+    m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
 
@@ -261,7 +262,7 @@ def update_target(model, args, progress):
 # ---- arguments ------------------------------------------------------------------------------
 
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, crop_min=0.3, predictor_depth=6, num_targets=4)  # ViT-B/16
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4)  # ViT-B/16
 
 
 def arguments(argv=None):
@@ -278,7 +279,8 @@ def arguments(argv=None):
     add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
-    add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start, 1 at the end; 0: no EMA")
+    add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA")
+    add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
     add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together; 0 is I-JEPA")
     add("--beta-sim", type=number(float, 0), default=25.0, help="weight of the invariance term among the three")
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of the variance term")
@@ -286,8 +288,8 @@ def arguments(argv=None):
     add("--views", choices=("blocks", "target"), default="blocks", help="pooled predictions of an image's blocks, pairwise; or their mean and the pooled target")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="cjepa", epochs=6, batch_size=32, lr=16e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=6)
+    common.add_common_arguments(parser, method="cjepa", epochs=5, batch_size=32, lr=16e-3, weight_decay=0.04,
+                                warmup_epochs=0.5, eval_every=5)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)

@@ -202,10 +202,10 @@ def test_gradients_reach_context_encoder_and_predictor_alone(step):
 
 
 def test_target_is_the_explicit_sum_of_the_ema(step):
-    """theta_k = prod m_i theta_0 + sum_i (1 - m_i) prod_{j > i} m_j c_i, m from 0.9 to 1."""
+    """theta_k = prod m_i theta_0 + sum_i (1 - m_i) prod_{j > i} m_j c_i, m from 0.9 to 0.99."""
     model, args, *_ = step
-    args.ema, k = 0.9, 7
-    m = [0.9 + 0.1 * i / (k - 1) for i in range(k)]
+    args.ema, args.ema_end, k = 0.9, 0.99, 7
+    m = [0.9 + 0.09 * i / (k - 1) for i in range(k)]
     contexts, start = [], model.target_encoder.embed.weight.clone()
     for i in range(k):
         weight = model.context_encoder.embed.weight
@@ -276,6 +276,6 @@ def test_schedules():
     assert [common.weight_decay(step, 11, 0.04, 0.4) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
     assert common.weight_decay(3, 11, 0.1, 0.1) == pytest.approx(0.1)
     args = ijepa.arguments(["--recipe", "paper", "--epochs", "300"])
-    assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema) == (1e-3, 0.04, 0.4, 0.996)
+    assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema, args.ema_end) == (1e-3, 0.04, 0.4, 0.996, 1)
     assert (args.epochs, args.batch_size, args.vit, args.patch_size, args.image_size) == (300, 2048, "base", 16, 224)
     assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min) == (4, 0.3)
