@@ -190,7 +190,7 @@ def arguments(argv=None):
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
-    add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has")
+    add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
