@@ -743,11 +743,12 @@ class Block(nn.Module):
         self.norm1, self.qkv, self.proj = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2, self.fc1, self.fc2 = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x):
-        """[B, N, D] -> [B, N, D]."""
+    def forward(self, x, last=None):
+        """[B, N, D] -> [B, N, D]; or of the `last` tokens alone, each of which still looks at all -> [B, last, D]."""
         B, N, D = x.shape
+        n = last or N
         q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, heads, N, D / heads]
-        x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        x = x[:, -n:] + self.proj(attention(q[:, :, -n:], k, v).transpose(1, 2).reshape(B, n, D))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
@@ -914,6 +915,7 @@ def train(args, model, training_step, data, after_step=None):
     its parts {name: scalar} and {level: [n, d]} to watch for collapse, of all processes. after_step(model, args, progress),
     where given, follows each update; progress goes from 0 to 1 over the run. All randomness of step t
     comes from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
+    Returns the last features of data.train_images and data.test_images, or None where no step was left to do.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
     if args.batch_size > len(data.images):
@@ -931,6 +933,7 @@ def train(args, model, training_step, data, after_step=None):
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
     first, sums, seconds, history = 0, [], 0.0, []                # sums and seconds: of the epoch so far
+    features = None
 
     with claimed(out, args.resume), stop_signals() as signals, \
             tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
@@ -988,7 +991,8 @@ def train(args, model, training_step, data, after_step=None):
                        "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
                        "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
                 if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
-                    row["knn"] = knn_by_level(args, model, data)
+                    features = [extract(model, images, args) for images in (data.train_images, data.test_images)]
+                    row["knn"] = knn_by_level(*features, data)
                 history.append(row)
                 report(row, args.epochs, history)
                 sums, seconds = [], 0.0
@@ -1004,6 +1008,7 @@ def train(args, model, training_step, data, after_step=None):
                 if rank == 0:
                     print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
                 sys.exit(128 + stop[0])
+    return features
 
 
 def draw_batches(images, args, first, steps):
@@ -1243,7 +1248,8 @@ def extract(model, images, args):
     n = math.ceil(len(images) / world)         # images of each process; the last one's share is filled up with the last image
     model.eval()
     index = torch.arange(rank * n, (rank + 1) * n, device=images.device).clamp(max=len(images) - 1)
-    for batch in load_batches(images, index.split(500), args.device):
+    size = 100 if args.device == "cpu" else 500    # what a CPU's cache holds
+    for batch in load_batches(images, index.split(size), args.device):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             x = normalise(batch.float() / 255).contiguous(memory_format=torch.channels_last)
             parts.append({level: y.float() for level, y in model.representations(x).items()})
@@ -1251,9 +1257,8 @@ def extract(model, images, args):
     return {level: gather(torch.cat([part[level] for part in parts]))[:len(images)] for level in parts[0]}
 
 
-def knn_by_level(args, model, data):
+def knn_by_level(features, test_features, data):
     """{level: k-NN accuracy} for the dataset's first label."""
-    features, test_features = (extract(model, images, args) for images in (data.train_images, data.test_images))
     label, y = next(iter(data.train_labels.items()))
     return {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
 

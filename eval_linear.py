@@ -231,8 +231,8 @@ def untrained(args):
     return build(args).to(args.device, memory_format=torch.channels_last).eval()
 
 
-def main(argv=None, data=None):
-    """Judge the checkpoint that argv names; data: its dataset, where the caller has it loaded already."""
+def main(argv=None, data=None, features=None):
+    """Judge the checkpoint that argv names; data and features: its dataset and what common.train returned, where the caller has them."""
     options = arguments(argv)
     model, args = load(options.checkpoint, options.device, options.data_dir)
     for flag in ("augmented", "fine_tune", "supervised"):
@@ -249,7 +249,7 @@ def main(argv=None, data=None):
         raise common.Unusable(f"argument --within: {options.within[0]} is the class; name one label or more to be told apart inside it")
 
     parts = (data.train_images, data.test_images)
-    features = {level: pair for level, *pair in zip_levels(common.extract(model, x, args) for x in parts)}
+    features = {level: pair for level, *pair in zip_levels(features or (common.extract(model, x, args) for x in parts))}
     levels = list(features)
     if args.method == "sjea" and len(levels) > 1:
         features["+".join(levels)] = [torch.cat(part, dim=1) for part in zip(*(features[level] for level in levels))]

@@ -146,8 +146,9 @@ class Predictor(nn.Module):
         asked = self.mask_token + self.position[targets]                                    # [B, M, Nt, d]
         ## Once per block: with all blocks in one sequence, the blocks asked for would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
-        tokens = self.blocks(tokens.flatten(0, 1))                        # I-JEPA predictor  [B M, Nc + Nt, d]
-        return self.project(self.norm(tokens[:, -Nt:])).unflatten(0, (B, M))                # [B, M, Nt, D]
+        tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
+        asked = self.blocks[-1](tokens, last=Nt)                          # nobody reads its context tokens  [B M, Nt, d]
+        return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
 
 
 class JEPA(nn.Module):
@@ -268,8 +269,8 @@ def main(argv=None):
     data = common.load_dataset(args)
     torch.manual_seed(args.seed)
     model = JEPA(args)
-    common.train(args, model, training_step, data, update_target)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data)
+    features = common.train(args, model, training_step, data, update_target)
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data, features)
 
 
 if __name__ == "__main__":

@@ -226,8 +226,8 @@ def main(argv=None):
         f_million, h_million = common.count_parameters(f) / 1e6, common.count_parameters(h) / 1e6
         print(f"stack {stack}: {f_million + h_million:.2f} M parameters (encoder {f_million:.2f}, projector {h_million:.2f})")
     print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
-    common.train(args, model, training_step, data)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data)
+    features = common.train(args, model, training_step, data)
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data, features)
 
 
 if __name__ == "__main__":

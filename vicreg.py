@@ -169,8 +169,8 @@ def main(argv=None):
     data = common.load_dataset(args)
     torch.manual_seed(args.seed)
     model = VICReg(args)
-    common.train(args, model, training_step, data)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data)
+    features = common.train(args, model, training_step, data)
+    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data, features)
 
 
 if __name__ == "__main__":
