@@ -289,8 +289,8 @@ def arguments(argv=None):
     add("--views", choices=("blocks", "target"), default="blocks", help="pooled predictions of an image's blocks, pairwise; or their mean and the pooled target")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="cjepa", epochs=5, batch_size=32, lr=16e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=5)
+    common.add_common_arguments(parser, method="cjepa", epochs=6, batch_size=32, lr=16e-3, weight_decay=0.04,
+                                warmup_epochs=0.5, eval_every=6)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)

@@ -228,8 +228,8 @@ def arguments(argv=None):
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="ijepa", epochs=5, batch_size=32, lr=16e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=5)
+    common.add_common_arguments(parser, method="ijepa", epochs=6, batch_size=32, lr=16e-3, weight_decay=0.04,
+                                warmup_epochs=0.5, eval_every=6)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)
