@@ -993,6 +993,7 @@ def train(args, model, training_step, data, after_step=None):
                 if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
                     features = [extract(model, images, args) for images in (data.train_images, data.test_images)]
                     row["knn"] = knn_by_level(*features, data)
+                    features = features if step + 1 == steps else None     # while training goes on, the memory is its own
                 history.append(row)
                 report(row, args.epochs, history)
                 sums, seconds = [], 0.0
