@@ -132,7 +132,8 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
         optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr, weight_decay=0.05)
     batch = min(128, len(x))
     per_epoch = len(x) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * per_epoch, pct_start=0.1)
+    steps = epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: common.learning_rate(step, steps, steps // 10, 1.0))
     view, generator = common.View((0.3, 1.0), p_jitter=0.0, p_grey=0.0), torch.Generator(args.device).manual_seed(args.seed)
     for _ in trange(epochs, desc="epochs", leave=False):
         model.train(not frozen)

@@ -20,7 +20,7 @@ Where this script follows the authors' code (facebookresearch/vicreg) and not th
 because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, and the
 variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve. The default
 settings suit minutes on two CPU cores: width 16 (so [n, 128] above), AdamW, S-JEA's augmentation, and
-nu = 8, which suits a small d better (README.md, results). The paper's are flags.
+nu = 8, which suits a small d better (results/README.md). The paper's are flags.
 """
 import torch
 import torch.nn.functional as F

@@ -139,6 +139,7 @@ def main():
     parser.add_argument("--steps", type=int, default=40, help="batches of the augmented protocol")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0, help="of lightly's DataLoaders: take the fastest of 0, 1, 2")
+    parser.add_argument("--sides", nargs="+", choices=("ours", "lightly", "lightly-bf16"), default=("ours", "lightly", "lightly-bf16"))
     parser.add_argument("--no-whole", action="store_true", help="leave eval_linear.py as a whole out")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -148,10 +149,10 @@ def main():
     pil = [[torchvision.transforms.functional.to_pil_image(image) for image in images] for images, _ in data]
     sides = {"ours": lambda: ours(model, args, data, options), "lightly": lambda: lightly(model, data, options, pil, "32-true", options.workers),
              "lightly-bf16": lambda: lightly(model, data, options, pil, "bf16-mixed", options.workers)}
-    results = {name: [] for name in sides}
+    results = {name: [] for name in options.sides}
     for _ in range(options.rounds):
-        for name, side in sides.items():
-            results[name].append(side())
+        for name in options.sides:
+            results[name].append(sides[name]())
             print(name, {part: round(value, 3) for part, value in results[name][-1].items()}, file=sys.stderr)
     if not options.no_whole:
         with tempfile.TemporaryDirectory() as folder:         # eval_linear.py writes beside the checkpoint

@@ -172,6 +172,7 @@ def main():
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"), help="without bf16 hardware, fp32 alone: bf16 is emulated")
     options = parser.parse_args()
     sys.path.insert(0, str(options.authors.resolve()))
     import src.helper                          # sets up the log that the next line turns off
@@ -181,7 +182,7 @@ def main():
     images = torch.randint(0, 256, (BATCH, 3, options.image_size, options.image_size), dtype=torch.uint8)
     pil = [torchvision.transforms.functional.to_pil_image(image) for image in images]
     check(options, images)
-    for precision in ("fp32", "bf16"):
+    for precision in options.precisions:
         sides = {"ours": (Ours(options, precision), images), "ours, authors' masks": (Ours(options, precision, authors_masks(options)), images),
                  "authors": (Authors(options, precision), pil)}
         results = {name: [] for name in sides}

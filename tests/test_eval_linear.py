@@ -192,6 +192,16 @@ def test_fine_tuning_changes_the_encoder_and_fits_what_it_is_shown(checkpoint, m
     assert not torch.equal(model.state_dict()["f.stem.0.weight"], before["f.stem.0.weight"])
 
 
+def test_ten_steps_in_all_have_a_warm_up_of_one(checkpoint, monkeypatch):
+    """The learning rates that the optimizer sees: the first is the peak, the last a thousandth of it."""
+    model, args = eval_linear.load(checkpoint)
+    data, seen = common.load_dataset(args), []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: seen.append(self.param_groups[0]["lr"]))
+    eval_linear.train_classifier(model, ["0"], data, "shape", args, 10, 0.1, frozen=True)
+    assert len(seen) == 10 and seen[0] == pytest.approx(0.1) and seen[-1] == pytest.approx(1e-4)
+    assert all(a >= b for a, b in zip(seen, seen[1:]))
+
+
 def test_every_protocol_by_flag(checkpoint, capsys):
     """Its table is printed and eval.json has its numbers."""
     eval_linear.main([str(checkpoint), "--within", "shape", "style", "--shots", "2", "0.1", "--augmented", "1", "--fine-tune", "1", "--supervised", "1",
