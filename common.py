@@ -61,12 +61,10 @@ class Parser(argparse.ArgumentParser):
         raise Unusable(message)
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: a finite int or float in [low, high]."""
+def number(kind, low=-1e12, high=1e12):
+    """An argparse type: an int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
@@ -669,6 +667,8 @@ class ResNet(nn.Module):
 
     Up to a size of 64, and so on the map of an earlier encoder, the stem is one 3x3 convolution; larger
     images get the standard 7x7 with stride 2 and max-pooling. The last BN of each block starts at zero.
+    width: 8 or more; on a CPU without AVX-512, torch 2.14's 1x1 convolution with a stride, of channels-last maps with
+    fewer channels, writes beyond its memory in the backward pass.
     """
 
     def __init__(self, arch, size, in_channels=3, width=64):
@@ -1009,6 +1009,8 @@ def train(args, model, training_step, data, after_step=None):
                 if rank == 0:
                     print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
                 sys.exit(128 + stop[0])
+    if world > 1:
+        dist.barrier()                             # the checkpoint is written: any process may read it now
     return features
 
 
@@ -1276,6 +1278,6 @@ def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):
     for x, y in zip(share(test_features).split(1000), share(test_labels).split(1000)):
         similarity, neighbours = (x @ features.T).topk(k)                                   # [b, k]
         votes = torch.zeros(len(x), int(labels.max()) + 1, device=x.device)
-        votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
+        votes.scatter_add_(1, labels[neighbours], ((similarity - similarity[:, :1]) / temperature).exp())   # at most 1
         correct += (votes.argmax(1) == y).sum()
     return process()[1] * average(correct).item() / len(test_features)

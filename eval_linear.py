@@ -39,7 +39,7 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
     """
     ## Published protocols train this layer with SGD and augmentation for 100 to 200 epochs. On fixed
     ## features the objective is convex, and a quasi-Newton solver is at its optimum in seconds.
-    mean, std = features.mean(0), features.std(0) + 1e-6
+    mean, std = features.mean(0), features.std(0, correction=0) + 1e-6
     x, x_test = (features - mean) / std, (test_features - mean) / std
     y, y_test = labels.to(x.device), test_labels.to(x.device)
     classes = int(y.max()) + 1
@@ -98,7 +98,7 @@ def within(features, test_features, y, y_test, sub, sub_test):
         s_test = torch.searchsorted(names, sub_test[y_test == c])
         x, x_test = features[train], test_features[test]
         scores = judge(x, x_test, s, s_test, k=min(80, len(x) // len(names)))
-        scaled = ((x_test - x.mean(0)) / (x.std(0) + 1e-6)).cpu().numpy()
+        scaled = ((x_test - x.mean(0)) / (x.std(0, correction=0) + 1e-6)).cpu().numpy()
         clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(scaled)
         shuffled = np.random.default_rng(0).permuted(np.tile(clusters, (20, 1)), axis=1)
         rows.append({"linear_top1": scores["linear_top1"], "knn_top1": scores["knn_top1"],
@@ -184,7 +184,7 @@ def load(path, device="auto", data_dir=None):
     if data_dir:
         config["data_dir"] = data_dir
     script = importlib.import_module(state["method"])
-    differ = vars(script.arguments(["--out", config["out"]])).keys() ^ config.keys()
+    differ = vars(script.arguments([f"--out={config['out']}"])).keys() ^ config.keys()
     if differ:
         raise common.Unusable(f"{path}: written by another version of {state['method']}.py: its config differs in {', '.join(sorted(map(str, differ)))}")
     try:                                       # the script's own checks on what a stranger may have written
@@ -246,6 +246,9 @@ def main(argv=None, data=None, features=None):
         for name in names:
             if name not in data.train_labels:
                 raise common.Unusable(f"argument {flag}: {args.dataset} has no label {name}; it has {', '.join(data.train_labels)}")
+    for shots in options.shots or ():
+        if shots > 1 and shots != int(shots):
+            raise common.Unusable(f"argument --shots: {shots:g} is neither a number of images nor a share below 1")
     if options.within and len(options.within) < 2:
         raise common.Unusable(f"argument --within: {options.within[0]} is the class; name one label or more to be told apart inside it")
 

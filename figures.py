@@ -7,6 +7,7 @@ Writes PNG files and index.html beside the first checkpoint; further ones are dr
 beside the first. All are drawn from test images (held-out ones after --holdout) and the run's log.
 """
 import base64
+import contextlib
 import copy
 import importlib
 import io
@@ -67,9 +68,10 @@ def style(c):
 
 def picture(image):
     """[3, H, W], uint8 or ImageNet-normalised -> [H, W, 3] in [0, 1]."""
+    image = image.cpu()
     if image.dtype != torch.uint8:
         image = (image * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[:, None, None]) * 255
-    return image.permute(1, 2, 0).float().clamp(0, 255).cpu().numpy() / 255
+    return image.permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
 
 
 def panels(rows, columns, size=3.0):
@@ -81,8 +83,10 @@ def panels(rows, columns, size=3.0):
 
 
 def embed(features):
-    """t-SNE of features [N, D] by the cosine between them -> [N, 2] in [0, 1]."""
+    """t-SNE of features [N, D] by the cosine between them -> [N, 2] in [0, 1]; the middle where all are one point."""
     features = torch.nn.functional.normalize(features.float(), dim=1).cpu().numpy()
+    if np.ptp(features, axis=0).max() < 1e-6:
+        return np.full((len(features), 2), 0.5)
     points = TSNE(perplexity=min(30, len(features) / 4), init="pca", random_state=0).fit_transform(features)
     return (points - points.min(0)) / (np.ptp(points, axis=0) + 1e-9)
 
@@ -135,7 +139,7 @@ def over_epochs(runs, what, values):
         rows = [(row["epoch"], values(row)) for row in run.history if values(row)]
         for j, level in enumerate(rows[0][1] if rows else ()):
             axis.plot([epoch for epoch, _ in rows], [value[level] for _, value in rows], label=f"{run.name}: level {level}",
-                      color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j], linestyle=["-", "--"][j % 2])
+                      color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j % 10], linestyle=["-", "--"][j % 2])
     if not axis.lines:
         return None
     axis.set(title=what, xlabel="epoch")
@@ -183,13 +187,17 @@ def masks(runs):
     script = importlib.import_module(run.args.method)
     if not hasattr(script, "draw_masks"):
         return None
-    strategies, p, grid = ("multiblock", "rasterized", "block", "random"), run.args.patch_size, run.args.image_size // run.args.patch_size
-    figure, axes = panels(len(strategies), 6, 1.6)
-    for row, strategy in zip(axes, strategies):
+    p, grid, drawn = run.args.patch_size, run.args.image_size // run.args.patch_size, []
+    for strategy in ("multiblock", "rasterized", "block", "random"):
         args = copy.copy(run.args)
         args.masking = strategy
+        with contextlib.suppress(common.Unusable):                         # a strategy that this grid has no blocks for
+            script.check_grid(args)
+            drawn.append(args)
+    figure, axes = panels(len(drawn), 6, 1.6)
+    for row, args in zip(axes, drawn):
         context, targets = script.draw_masks(args, args.batch_size, torch.Generator().manual_seed(0))  # the cut of the context is the batch's
-        row[0].set_ylabel(strategy)
+        row[0].set_ylabel(args.masking)
         for axis, image, seen, blocks in zip(row, run.images, context, targets):
             shown = np.full((grid * p, grid * p, 3), 0.85)
             for i in seen.tolist():
@@ -211,9 +219,10 @@ def masks(runs):
 def predictions(runs):
     """What is predicted, made visible: every predicted patch is shown as the real patch whose features are nearest."""
     run = runs[0]
-    if not hasattr(run.model, "predictor") or run.model.pixels:
+    n = min(6, run.args.batch_size, len(run.images) // 2)
+    if not hasattr(run.model, "predictor") or run.model.pixels or n < 1:
         return None
-    script, p, grid, n = importlib.import_module(run.args.method), run.args.patch_size, run.args.image_size // run.args.patch_size, 6
+    script, p, grid = importlib.import_module(run.args.method), run.args.patch_size, run.args.image_size // run.args.patch_size
     scale = lambda images: common.normalise(images.float() / 255)
     context, targets = (m[:n].to(run.args.device) for m in script.draw_masks(run.args, run.args.batch_size, torch.Generator().manual_seed(1)))
     s_hat, _ = run.model(scale(run.images[:n]), context, targets)                           # [n, M, Nt, D]
@@ -223,6 +232,7 @@ def predictions(runs):
     figure, axes = panels(3, n, 1.6)
     for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):
         nearest = pixels[torch.cdist(s.flatten(0, 1), bank).argmin(1)]                      # [M Nt, 3 p p]
+        image, seen, block, nearest = (t.cpu() for t in (image, seen, block, nearest))
         shown = torch.full((grid * grid, 3 * p * p), 217.0)
         shown[seen] = common.patches(image[None].float(), p)[0][seen]
         filled = shown.clone()
@@ -265,8 +275,8 @@ def attention(runs):
 
 def explorer(run, count=1000):
     """index.html: one self-contained page with the t-SNE map of each level, neighbours and sub-clusters."""
-    images, size = run.images[:count], run.images.shape[-1]
-    columns = 40
+    images = common.resize(run.images[:count], min(224, run.images.shape[-1]))               # a webp has 16,383 px a side at most
+    columns, size = 40, images.shape[-1]
     sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
     for i, image in enumerate(images):
         sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (i % columns * size, i // columns * size))
@@ -282,7 +292,7 @@ def explorer(run, count=1000):
             if len(chosen) >= 8:
                 inside[chosen, :2] = embed(features[chosen])
                 inside[chosen, 2] = KMeans(4, n_init=10, random_state=0).fit_predict(z[chosen].cpu())
-        nearest = (z @ z.T).fill_diagonal_(-2).topk(8).indices
+        nearest = (z @ z.T).fill_diagonal_(-2).topk(min(8, len(z) - 1)).indices
         levels[level] = {"all": embed(features[:count]).round(4).tolist(), "inside": inside.round(4).tolist(), "nearest": nearest.tolist()}
     data = {"title": f"{run.name}: {run.args.method} on {run.args.dataset}", "size": size, "columns": columns, "levels": levels, "colours": COLOURS,
             "labels": {name: values[:count].tolist() for name, values in run.labels.items()},

@@ -5,14 +5,14 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y becomes N patches. A context encoder sees some of them (the paper's x), a predictor says from
-these alone what a target encoder, which sees the whole image, makes of M blocks of the others:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only some (the paper's x). From
+the features of these alone a predictor says what the target encoder makes of each of M hidden blocks:
 
     s_y = target encoder(y)               features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)       features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where block B_i lies)             for each target block i by itself
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
-    target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1            the EMA
+    target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
 Where this script differs from the paper: the layer norm of s_y, and by default D as smooth-L1, averaged over
 everything, are the authors' code's (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is
@@ -72,9 +72,10 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def indices(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## Images of a batch leave different numbers of patches; a tensor needs one number. On 14 x 14 patches the blocks
-    ## leave 0.42 of the image on average, and the smallest number in a batch of 128 is 0.26: the context depends on the
-    ## batch size. The first ones stay, as in the authors' code, so the lower rows are seldom seen by the context encoder.
+    ## The images of a batch leave different numbers of patches, and a tensor needs one length: all are cut to the smallest.
+    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128:
+    ## the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so the lower
+    ## rows are seldom seen by the context encoder.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
@@ -147,7 +148,7 @@ class Predictor(nn.Module):
         ## Once per block: with all blocks in one sequence, the blocks asked for would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
-        asked = self.blocks[-1](tokens, last=Nt)                          # nobody reads its context tokens  [B M, Nt, d]
+        asked = self.blocks[-1](tokens, last=Nt)                          # the context's outputs would be unused  [B M, Nt, d]
         return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
 
 
@@ -180,10 +181,10 @@ class JEPA(nn.Module):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    """One batch of images x [B, 3, H, W] uint8 (the paper's y; its x is y at B_x) -> (loss, terms, embeddings) for common.train."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
-    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # far from any seed of the crop
+    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # the step's seed, shifted: not the crop's numbers again
     masks = draw_masks(args, len(x) * common.process()[1], cpu_generator)                   # of all processes
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
@@ -194,11 +195,11 @@ def training_step(model, x, args, generator):
 @torch.no_grad()
 def update_target(model, args, progress):
     """The EMA, after each step: momentum m goes linearly from args.ema to args.ema_end, or stays at 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient: it follows every step, and drifts towards
-    ## a constant, for which any prediction is right. Slowness is what I-JEPA has against that; with a gradient of its own
-    ## the target would be there within an epoch (README, "Break it and see"). What is slow depends on the number of
-    ## steps: 0.996 forgets in 250, and was chosen for runs of 400,000. Going to 1, as published, stops the target before a
-    ## run of a few thousand has learned much.
+    ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and both drift towards
+    ## a constant, for which every prediction is right. The EMA slows this down. With a gradient through the target, too,
+    ## collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on the number of steps:
+    ## 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at 1, as published, freezes the target
+    ## before a run of a few thousand steps has learned much.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -207,7 +208,7 @@ def update_target(model, args, progress):
 # ---- arguments ------------------------------------------------------------------------------
 
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4)  # ViT-B/16
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4)  # ViT-B/16; lr: 1e-3 at this batch
 
 
 def arguments(argv=None):
@@ -270,7 +271,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = JEPA(args)
     features = common.train(args, model, training_step, data, update_target)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data, features)
+    eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ C is 512 at width 64; at 32 px, h = w = 4 and h' = w' = 1. The terms are VICReg'
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))          every dimension is spread     VICReg Eq. (1), (2)
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                        no two say the same           VICReg Eq. (3), (4)
 
-As in S-JEA's own code, s is also divided by d, and the variance term is halved. Algorithm 1 prints y1_1 = f2(y1_1),
-a slip for f2(y0_1). A later stack's stem is the 3x3 convolution, whatever stem the first has; at width 64, with a
-projector 256-256-256 on each, the two stacks then count 23.16 M parameters (Table 2: 23.2; one stack 11.43, there 11.6).
-With --stacks 1 the weights are those of vicreg.py, bit for bit. The default settings suit minutes on two CPU cores:
-width 16, AdamW, nu = 8, a projector on each stack. The paper's, with none on stack 1 as behind Table 1, are
---dataset cifar10 --width 64 --batch-size 128 --lr 0.002 --nu 1 --epochs 200 --projectors 10. --base barlow-twins
-stacks another method: Barlow Twins' loss in the place of VICReg's.
+Beside the paper: as in its authors' code, s is also divided by d, and the variance term is halved. Algorithm 1 prints
+y1_1 = f2(y1_1), a slip for f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default.
+The stem of every later stack is a 3x3 convolution; at width 64, with a projector 256-256-256 on each, two stacks then
+have 23.16 M parameters (Table 2: 23.2), one 11.43 (11.6). With --stacks 1 the weights are those of vicreg.py, bit for bit.
+The default settings suit minutes on two CPU cores: width 16 (so C = 128), AdamW, nu = 8, a projector on each stack.
+The paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10 (none on stack 1: the column of Table 3
+that equals Table 1), with --batch-size 128 --lr 0.002 from its authors' code. --base barlow-twins stacks another method.
 """
 import torch
 import torch.nn.functional as F
@@ -197,7 +197,7 @@ def arguments(argv=None):
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; measured better at small scale: 8)")
-    add("--width", type=number(int, 1, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
+    add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("adamw", "lars"), default="adamw", help="adamw up to batch 256, lars for large batches")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.03, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
@@ -227,7 +227,7 @@ def main(argv=None):
         print(f"stack {stack}: {f_million + h_million:.2f} M parameters (encoder {f_million:.2f}, projector {h_million:.2f})")
     print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
     features = common.train(args, model, training_step, data)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data, features)
+    eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 
 if __name__ == "__main__":

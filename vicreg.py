@@ -150,7 +150,7 @@ def arguments(argv=None):
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; measured better at small scale: 8)")
-    add("--width", type=number(int, 1, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
+    add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("adamw", "lars"), default="adamw", help="adamw up to batch 256, lars for large batches")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.03, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
@@ -170,7 +170,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = VICReg(args)
     features = common.train(args, model, training_step, data)
-    eval_linear.main([f"{args.out}/checkpoint.pt", "--device", args.device], data, features)
+    eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def tiny_run(tmp_path, monkeypatch):
         out = out or tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         script = importlib.import_module(method)
         small = ["--batch-size", "32", "--precision", "fp32", "--device", "cpu"]
-        small += ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "4", "--projector", "16-16"]
+        small += ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "8", "--projector", "16-16"]
         with monkeypatch.context() as patch:
             patch.setattr(common, "load_shapes", tiny_shapes)
             if stop_after:

@@ -1,5 +1,6 @@
 """Bad input to any script: exit code 2, one line that names what is wrong, nothing written."""
 import importlib
+import json
 import math
 import pickle
 import shutil
@@ -56,7 +57,7 @@ def checkpoints(tmp_path_factory, made):
     """A real checkpoint of vicreg.py on the folder of images, and damaged copies of it."""
     out = tmp_path_factory.mktemp("run")
     vicreg.main(["--dataset", "folder", "--data-dir", str(made / "good"), "--image-size", "8", "--batch-size", "4", "--epochs", "1",
-                 "--width", "2", "--projector", "4-4", "--out", str(out)])
+                 "--width", "8", "--projector", "4-4", "--out", str(out)])
     whole = (out / "checkpoint.pt").read_bytes()
     (out / "half.pt").write_bytes(whole[:len(whole) // 2])
     for name, field, value in (("unknown.pt", "method", "simclr"), ("no_model.pt", "model", {}), ("no_config.pt", "config", {})):
@@ -74,6 +75,7 @@ BAD = [  # script, flags, words of the line
     ("sjea", "--epoch 3", "--epoch"),
     ("sjea", "--epochs 0", "--epochs 0"),
     ("sjea", "--epochs many", "--epochs many"),
+    ("sjea", "--epochs " + "9" * 401, "--epochs"),
     ("vicreg", "--batch-size 1", "--batch-size 1"),
     ("vicreg", "--batch-size 20001", "--batch-size 20001 20000"),
     ("vicreg", "--lr -1", "--lr -1"),
@@ -86,7 +88,7 @@ BAD = [  # script, flags, words of the line
     ("vicreg", "--crop-min 1.5", "--crop-min 1.5"),
     ("vicreg", "--image-size 7", "--image-size 7"),
     ("vicreg", "--image-size 5000", "--image-size 5000"),
-    ("vicreg", "--width 0", "--width 0"),
+    ("vicreg", "--width 7", "--width 7"),
     ("vicreg", "--arch resnet34", "--arch resnet34 resnet50"),
     ("vicreg", "--projector 512-0-512", "--projector 512-0-512"),
     ("vicreg", "--projector big", "--projector big"),
@@ -191,12 +193,18 @@ def refusal(script, argv, monkeypatch, capfd):
     return error
 
 
+def test_a_run_in_a_folder_named_like_a_flag(tmp_path, monkeypatch, made):
+    monkeypatch.chdir(tmp_path)
+    vicreg.main([*FOLDER.format(made=made).split()[:-1], str(made / "good"), "--epochs", "1", "--width", "8", "--projector", "4-4", "--out=-dash"])
+    assert json.loads((tmp_path / "-dash" / "eval.json").read_text())["levels"].keys() == {"0"}
+
+
 RANGES = {  # flag: scripts, kind, smallest and largest value that is taken
     "--epochs": ("vicreg sjea ijepa cjepa", int, 1, None), "--batch-size": ("vicreg sjea ijepa cjepa", int, 2, None),
     "--image-size": ("vicreg sjea ijepa cjepa", int, 8, 1024), "--lr": ("vicreg sjea ijepa cjepa", float, 0, None),
     "--weight-decay": ("vicreg sjea ijepa cjepa", float, 0, None), "--warmup-epochs": ("vicreg sjea ijepa cjepa", float, 0, None),
     "--seed": ("vicreg sjea ijepa cjepa", int, 0, 2**31), "--eval-every": ("vicreg sjea ijepa cjepa", int, 0, None),
-    "--checkpoint-minutes": ("vicreg sjea ijepa cjepa", float, 0, None), "--width": ("vicreg sjea", int, 1, 1024),
+    "--checkpoint-minutes": ("vicreg sjea ijepa cjepa", float, 0, None), "--width": ("vicreg sjea", int, 8, 1024),
     "--lambda": ("vicreg sjea", float, 0, None), "--mu": ("vicreg sjea", float, 0, None), "--nu": ("vicreg sjea", float, 0, None),
     "--crop-min": ("vicreg sjea ijepa cjepa", float, 0.01, 1), "--stacks": ("sjea", int, 1, 16), "--ema": ("ijepa cjepa", float, 0, 1), "--ema-end": ("ijepa cjepa", float, 0, 1),
     "--patch-size": ("ijepa cjepa", int, 1, None), "--predictor-depth": ("ijepa cjepa", int, 1, 64), "--num-targets": ("ijepa cjepa", int, 1, None),

@@ -732,6 +732,7 @@ def test_knn_equals_a_double_loop():
     for (k, temperature), accuracy in expected.items():
         assert common.knn(features, labels, test, test_labels, k, temperature) == accuracy
     assert common.knn(features, labels, test, test_labels) == expected[60, 0.1]              # k = 80 of 60
+    assert common.knn(features, labels, test, test_labels, 10, 1e-3) == expected[1, 0.1]     # exp(1 / 1e-3) has no float
 
 
 def test_effective_rank():

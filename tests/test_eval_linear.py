@@ -202,6 +202,17 @@ def test_ten_steps_in_all_have_a_warm_up_of_one(checkpoint, monkeypatch):
     assert all(a >= b for a, b in zip(seen, seen[1:]))
 
 
+def test_one_image_per_class_or_in_all(checkpoint):
+    """A class with one training image, and a training set of one: the sub-category or class it has is always told."""
+    x, x_test = torch.randn(9, 4), torch.randn(6, 4)
+    y, y_test = torch.tensor([0] * 8 + [1]), torch.tensor([0] * 5 + [1])
+    scores = eval_linear.within(x, x_test, y, y_test, y, y_test)
+    assert scores["linear_top1"] == scores["knn_top1"] == 1
+    assert eval_linear.few_shot(x[:8], x_test[:5], y[:8], y_test[:5], 1) == {"mean": 1, "std": 0}
+    with pytest.raises(common.Unusable, match="--shots: 1.5 is neither"):
+        eval_linear.main([str(checkpoint), "--shots", "1.5"])
+
+
 def test_every_protocol_by_flag(checkpoint, capsys):
     """Its table is printed and eval.json has its numbers."""
     eval_linear.main([str(checkpoint), "--within", "shape", "style", "--shots", "2", "0.1", "--augmented", "1", "--fine-tune", "1", "--supervised", "1",

@@ -34,7 +34,7 @@ processes.set_forkserver_preload(["conftest", "eval_linear", *METHODS])
 
 
 def flags(method, out, *more):
-    small = ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "2", "--projector", "8-8"]
+    small = ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "8", "--projector", "8-8"]
     return ["--batch-size", "16", "--precision", "fp32", "--device", "cpu", "--epochs", "3", "--eval-every", "0", *small, "--out", str(out), *more]
 
 

@@ -1,5 +1,6 @@
 """figures.py: what is drawn against an independent computation, and index.html in a real browser."""
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -28,7 +29,7 @@ def runs(tmp_path_factory):
     made = {}
     for method in ("sjea", "ijepa"):
         out = tmp_path_factory.mktemp("figures") / method
-        small = ["--num-targets", "4", "--predictor-width", "12", "--predictor-depth", "1"] if method == "ijepa" else ["--width", "4", "--projector", "16-16"]
+        small = ["--num-targets", "4", "--predictor-width", "12", "--predictor-depth", "1"] if method == "ijepa" else ["--width", "8", "--projector", "16-16"]
         __import__(method).main(["--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--epochs", "2", "--eval-every", "1", "--out", str(out), *small])
         made[method] = figures.load_run(out / "checkpoint.pt", options)
     yield made
@@ -82,6 +83,39 @@ def test_embed_keeps_neighbours_together():
     points = figures.embed(5 * torch.eye(3, 12)[y] + torch.randn(90, 12, generator=generator) / 4)
     distance = np.linalg.norm(points[:, None] - points, axis=2) + 9 * np.eye(90)
     assert points.min() == 0 and points.max() == pytest.approx(1) and (y[distance.argmin(1)] == y).all()
+
+
+@pytest.mark.parametrize("features", [torch.ones(60, 16), torch.arange(1.0, 9)[:, None] * torch.ones(16), torch.randn(1, 16)])
+def test_embed_of_one_point(features):
+    """Equal directions, or one image: t-SNE itself ends in a crash of the process, or an error."""
+    assert (figures.embed(features) == 0.5).all()
+
+
+def test_few_images_are_drawn(runs, tmp_path):
+    """Five test images, among them one alone in its class: every figure, and a page whose neighbours are the other four."""
+    for name, drawn in (("sjea", ALL - {"masks", "predictions", "attention"}), ("ijepa", ALL - {"views", "covariance"})):
+        run = dataclasses.replace(runs[name], images=runs[name].images[:5], labels={label: y[:5] for label, y in runs[name].labels.items()},
+                                  features={level: z[:5] for level, z in runs[name].features.items()})
+        for figure in drawn:
+            figures.FIGURES[figure]([run]).savefig(tmp_path / "figure.png")
+        for level in page_data(run)["levels"].values():
+            assert [sorted([i, *near]) for i, near in enumerate(level["nearest"])] == [[0, 1, 2, 3, 4]] * 5
+
+
+def test_the_page_of_large_images_and_the_curves_of_many_stacks(runs):
+    run = runs["sjea"]
+    large = dataclasses.replace(run, images=run.images.repeat_interleave(16, 2).repeat_interleave(16, 3))   # 512 px: 40 side by side fit no webp
+    assert page_data(large)["size"] == 224
+    many = dataclasses.replace(run, history=[{**row, "knn": {str(stack): stack / 16 for stack in range(16)}} for row in run.history])
+    assert len(lines(figures.accuracy([many]))) == 16
+
+
+def test_masks_leave_out_what_the_grid_cannot_have(runs):
+    """Patches of 8 on 32 px: no multi-block targets on a grid of 4 x 4. An odd grid: no quadrants."""
+    for size, patch, rows in ((32, 8, ["rasterized", "block", "random"]), (36, 4, ["multiblock", "block", "random"])):
+        args = __import__("ijepa").arguments(["--image-size", str(size), "--patch-size", str(patch), "--masking", "random", "--num-targets", "2"])
+        run = dataclasses.replace(runs["ijepa"], args=args, images=common.resize(runs["ijepa"].images, size))
+        assert [axis.get_ylabel() for axis in figures.masks([run]).axes[::6]] == rows
 
 
 def test_attention_is_the_last_blocks_softmax(runs):

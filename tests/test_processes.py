@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def run(task, world, *arguments):
 
 
 def small(method, *more):
-    sizes = ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "4", "--projector", "16-16"]
+    sizes = ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "8", "--projector", "16-16"]
     return ["--precision", "fp32", "--device", "cpu", *sizes, *METHODS[method], *more]
 
 
@@ -121,6 +122,18 @@ def test_parameters_agree_across_processes(method, world, tmp_path):
     assert [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+def slow_to_write(method, argv):
+    """As script(), with a first process that takes two seconds to write a checkpoint."""
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(2 * (os.fstat(descriptor).st_size > 100_000)), fsync(descriptor))
+    script(method, argv)
+
+
+def test_no_process_judges_a_checkpoint_before_it_is_written(tmp_path):
+    assert run(slow_to_write, 2, "vicreg", small("vicreg", "--batch-size", "32", "--epochs", "1", "--out", str(tmp_path / "run"))) == [0, 0]
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
 def interrupted(method, argv):
     """As script(), with a SIGTERM to the first process in step 6."""
     learning_rate = common.learning_rate
@@ -171,7 +184,7 @@ def test_extraction_and_knn_are_shared(tmp_path):
     for world in (1, 3):
         assert run(features_and_knn, world, tmp_path) == [0] * world
     features, test_features, accuracy = torch.load(tmp_path / "1-0.pt")
-    assert features.shape == (101, 32) and 0 < accuracy < 1
+    assert features.shape == (101, 64) and 0 < accuracy < 1
     for rank in range(3):
         assert_close(torch.load(tmp_path / f"3-{rank}.pt"), (features, test_features, accuracy), rtol=1e-5, atol=1e-5)
 

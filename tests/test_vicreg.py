@@ -67,7 +67,7 @@ def test_terms_stay_in_float32_under_autocast():
 
 def test_a_step_computes_the_loss_of_its_two_views(shapes_64):
     """training_step against the same steps written out with the loops above, in float32."""
-    args = vicreg.arguments(["--width", "4", "--projector", "8-8", "--precision", "fp32", "--mu", "3", "--nu", "5"])
+    args = vicreg.arguments(["--width", "8", "--projector", "8-8", "--precision", "fp32", "--mu", "3", "--nu", "5"])
     torch.manual_seed(0)
     model = vicreg.VICReg(args)
     loss, terms, embeddings = vicreg.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(5))
