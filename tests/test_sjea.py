@@ -20,7 +20,7 @@ def test_one_stack_is_vicreg_bit_for_bit(precision, shapes_64):
         optimizer, generator, losses = common.make_optimizer(model, args), torch.Generator(), []
         for step in range(20):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, _, _ = method.training_step(model, shapes_64.images, args, generator.manual_seed(step))
+                loss, _, _ = method.training_step(model, shapes_64.images[:16], args, generator.manual_seed(step))
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
             optimizer.zero_grad()
             loss.backward()
