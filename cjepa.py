@@ -265,7 +265,7 @@ def update_target(model, args, progress):
 # ---- arguments ------------------------------------------------------------------------------
 
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4)  # ViT-B/16; lr: 1e-3 at this batch
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")  # ViT-B/16; lr: 1e-3 at this batch
 
 
 def arguments(argv=None):
@@ -289,10 +289,11 @@ def arguments(argv=None):
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of the variance term")
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="pooled predictions of an image's blocks, pairwise; or their mean and the pooled target")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, whose rate here is --lr 0.016")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="cjepa", epochs=6, batch_size=32, lr=16e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=6)
+    common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
+                                warmup_epochs=0.5, eval_every=3)
     if parser.parse_known_args(argv)[0].recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)

@@ -45,7 +45,7 @@ class Ours:
     """One training step of ijepa.py as common.train makes it; masks: where those come from if not from itself."""
 
     def __init__(self, options, precision, masks=None):
-        self.args = ijepa.arguments(["--vit", "tiny", "--num-targets", "4", "--predictor-depth", "6", "--predictor-width", "96", "--precision", precision,
+        self.args = ijepa.arguments(["--optimizer", "adamw", "--vit", "tiny", "--num-targets", "4", "--predictor-depth", "6", "--predictor-width", "96", "--precision", precision,
                                      "--image-size", str(options.image_size), "--patch-size", str(options.patch_size)])
         self.model, self.collate = ijepa.JEPA(self.args).train(), masks
         self.optimizer = common.make_optimizer(self.model, self.args)

@@ -674,6 +674,56 @@ def test_lars_equals_its_definition():
             np.testing.assert_allclose(a.detach().numpy(), b, rtol=1e-12, atol=1e-14)
 
 
+def matrices_and_vectors():
+    """(matrices wide, tall, square, two of one shape; vectors), float64, and five gradients of each."""
+    torch.manual_seed(0)
+    weights = [torch.randn(*shape).double() for shape in ((3, 7), (8, 2), (4, 4), (3, 7), (5,), (2,))]
+    return weights, [[torch.randn_like(w) for w in weights] for _ in range(5)]
+
+
+def run_optimizer(optimizer, parameters, gradients):
+    for step, gs in enumerate(gradients):
+        for p, g in zip(parameters, gs):
+            p.grad = g.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (step + 1)
+        optimizer.step()
+
+
+def test_muon_equals_its_definition():
+    """Five steps in float64, matrix by matrix: the singular values of the momentum, by numpy's SVD, go five times through
+    Newton-Schulz's polynomial. Vectors, and matrices of a group without muon, are torch's AdamW's."""
+    weights, gradients = matrices_and_vectors()
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    groups = [{"params": ours[:3], "muon": True, "weight_decay": 0.3}, {"params": ours[3:], "muon": False, "weight_decay": 0.0}]
+    run_optimizer(common.Muon(groups, lr=0.0), ours, gradients)
+    run_optimizer(torch.optim.AdamW(theirs[3:], lr=0.0, weight_decay=0.0), theirs[3:], [gs[3:] for gs in gradients])
+    for a, b in zip(ours[3:], theirs[3:]):
+        np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=1e-12, atol=1e-14)
+    for i, w in enumerate(weights[:3]):
+        w, momentum = w.numpy().copy(), np.zeros(w.shape)
+        for step, g in enumerate(gs[i].numpy() for gs in gradients):
+            lr = 0.1 / (step + 1)
+            momentum = 0.95 * momentum + 0.05 * g
+            U, S, V = np.linalg.svd(0.05 * g + 0.95 * momentum, full_matrices=False)
+            S = S / np.sqrt((S**2).sum())
+            for _ in range(5):
+                S = 3.4445 * S - 4.775 * S**3 + 2.0315 * S**5
+            w = w * (1 - lr * 0.3) - lr * 0.2 * np.sqrt(max(w.shape)) * (U * S) @ V
+        np.testing.assert_allclose(ours[i].detach().numpy(), w, rtol=1e-10, atol=1e-12)
+
+
+def test_muon_is_torchs():
+    """torch.optim.Muon, which rounds to bfloat16, takes the same steps to 1 %; matrices of one shape do not mix."""
+    weights, gradients = matrices_and_vectors()
+    start, gradients = torch.stack([*weights[:1], weights[3]]).float(), [[gs[0].float(), gs[3].float()] for gs in gradients]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    run_optimizer(common.Muon([{"params": ours, "muon": True, "weight_decay": 0.3}], lr=0.0), ours, gradients)
+    run_optimizer(torch.optim.Muon(theirs, lr=0.0, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"), theirs, gradients)
+    for a, b, w in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.01 * (b - w).norm()
+
+
 def test_learning_rate():
     """Linear from peak / warmup to peak, a cosine with its middle at half, peak / 1000 at the very last step."""
     rate = lambda step: common.learning_rate(step, 111, 10, 2.0)
@@ -688,7 +738,7 @@ def test_learning_rate():
     assert common.learning_rate(4, 5, 10, 2.0) == pytest.approx(1.0)                        # shorter than its warm-up
 
 
-@pytest.mark.parametrize("name", ["adamw", "lars"])
+@pytest.mark.parametrize("name", ["adamw", "lars", "muon"])
 def test_only_weights_are_decayed(name):
     """Kernels and matrices in one group, biases and norms in the other, frozen parameters in none."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 6, bias=False))
@@ -699,9 +749,9 @@ def test_only_weights_are_decayed(name):
     ids = lambda parameters: sorted(map(id, parameters))
     assert ids(decayed["params"]) == ids([model[0].weight, model[2].weight])
     assert ids(others["params"]) == ids([model[0].bias, *model[1].parameters(), model[2].bias, model[3].weight])
-    assert type(optimizer) is {"adamw": torch.optim.AdamW, "lars": common.LARS}[name]
-    if name == "lars":
-        assert (decayed["lars"], others["lars"]) == (True, False)
+    assert type(optimizer) is {"adamw": torch.optim.AdamW, "lars": common.LARS, "muon": common.Muon}[name]
+    if name != "adamw":
+        assert (decayed[name], others[name]) == (True, False)
 
 
 # ---- Judging ---------------------------------------------------------------------------------

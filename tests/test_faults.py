@@ -459,6 +459,16 @@ UNREADABLE = {
     "truncated_tif": encoded(NOISE, "tiff")[:900], "html": b"<html>404</html>", "pickle": pickle.dumps(3), "bomb": bomb()}
 
 
+@pytest.mark.parametrize("what", [KeyError, None, torch.zeros(3), torch.zeros(1).expand(2**40)], ids=["missing", "none", "shape", "huge"])
+def test_a_forged_momentum_is_refused(what, undisturbed, tmp_path):
+    """Of Muon, whose matrices have one moment where AdamW's weights have two."""
+    state = torch.load(undisturbed("cjepa") / "checkpoint.pt", weights_only=True)
+    assert state["config"]["optimizer"] == "muon" and state["optimizer"]["state"][0].keys() == {"step", "exp_avg"}
+    change(state, "optimizer/state/0/exp_avg", what)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert not loads(tmp_path / "checkpoint.pt", "cjepa")
+
+
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_an_image_that_cannot_be_read_is_named_or_skipped(kind, tmp_path, capsys):
     root = folder_of(tmp_path / "data", b__png=UNREADABLE[kind])

@@ -278,4 +278,5 @@ def test_schedules():
     args = ijepa.arguments(["--recipe", "paper", "--epochs", "300"])
     assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema, args.ema_end) == (1e-3, 0.04, 0.4, 0.996, 1)
     assert (args.epochs, args.batch_size, args.vit, args.patch_size, args.image_size) == (300, 2048, "base", 16, 224)
-    assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min) == (4, 0.3)
+    assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min, args.optimizer) == (4, 0.3, "adamw")
+    assert ijepa.arguments([]).optimizer == "muon"
