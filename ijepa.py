@@ -19,8 +19,8 @@ everything, are the authors' code's (facebookresearch/ijepa); --loss l2 is the p
 drawn among those whole-patch rectangles that lie in the published ranges; the authors round to the grid and may leave
 them, and never reach its last row and column. y is a random crop, nothing else. Weights are Xavier's (the authors'
 standard deviation of 0.02 is nearly that at width 768, and too small for small networks). Published settings come
-with --recipe paper; the defaults, such as M = 2, m from 0.99 to 0.995 and the optimizer Muon instead of AdamW, which
-learns as much from a third of the images, were measured at 32 px on two CPU cores.
+with --recipe paper; the defaults, such as M = 2, m from 0.99 to 0.995 and the optimizer Muon, which learns more than
+AdamW from half the images, were measured at 32 px on two CPU cores.
 """
 import copy
 
