@@ -80,12 +80,12 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
 def test_a_run_ends_with_the_scores_of_its_checkpoint(method, tiny_run, monkeypatch, capsys):
     """The run hands over the features of its last epoch; alone, and from a resumed run without a step left, they are computed again."""
     import conftest
-    out = tiny_run(method, "--epochs", "2", "--eval-every", "1", "--lr", "0.05")
+    out = tiny_run(method, "--epochs", "2", "--eval-every", "1", "--optimizer", "adamw", "--lr", "0.05")
     scores = json.loads((out / "eval.json").read_text())
     logged = [json.loads(line)["knn"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert logged[0] != logged[1] == {level: scores["levels"][level]["knn_top1"] for level in logged[1]}
     (out / "eval.json").unlink()
-    tiny_run(method, "--epochs", "2", "--eval-every", "1", "--lr", "0.05", "--resume", out=out)
+    tiny_run(method, "--epochs", "2", "--eval-every", "1", "--optimizer", "adamw", "--lr", "0.05", "--resume", out=out)
     assert json.loads((out / "eval.json").read_text()) == scores
     monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
     eval_linear.main([str(out / "checkpoint.pt"), "--device", "cpu"])
