@@ -6,16 +6,19 @@ https://arxiv.org/abs/2410.19560
     python cjepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python cjepa.py --ema 0 --beta-vicreg 0 --out runs/neither      # neither EMA nor VICReg
 
-I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the letter. What the paper adds:
+I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the letter; its docstring says what they are and
+how they and the defaults differ from the paper. s_hat [B, M, Nt, D]: predictions for M blocks of Nt patches; s_y
+[B, N, D]: the target encoder's features of all N patches. What the paper adds:
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
-with beta_vicreg = 0.001, (beta_sim, beta_std, beta_cov) = (25, 25, 1) and VICReg's s, v, c on means over patches,
-so that collapse is not left to the EMA alone. This script was written from a review of the paper, which does not say
-which means of which views Z, Z' are; two readings are in use. The choice here is ours: the means over patches of the
-predictions for the M blocks of an image, averaged over all pairs of blocks; --views target takes the mean prediction
-and the mean target.
-The VICReg terms follow vicreg.py's convention: s is also divided by d, and the variance term is halved.
+with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1), so that collapse is not left to the EMA alone.
+Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean squared difference;
+v, the variance: how far the spread of each dimension falls short of 1; c, the covariance: what dimensions have in common.
+As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their sum.
+This script was written from a review of the paper, which does not say which means of which views Z and Z' are. The
+choice here is ours: the mean predictions for the M blocks of an image, averaged over all pairs of blocks; --views
+target is the other reading, the mean prediction and the mean target.
 """
 import copy
 import itertools
@@ -117,12 +120,13 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
     return (rows * grid_size + columns).flatten(2)                                          # [B, count, h w]
 
 
-def indices(mask):
+def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## The images of a batch leave different numbers of patches, and a tensor needs one length: all are cut to the smallest.
+    ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
     ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128:
     ## the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so the lower
     ## rows are seldom seen by the context encoder.
+    ## (The stable sort puts the True first, in their order.)
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
@@ -138,11 +142,11 @@ def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, targe
     ## A context patch inside a target would be an answer in the question. (On 8 x 8 patches the square is the whole
     ## image: 7 x 7 would be less than 0.85 of it.)
     context.scatter_(1, targets.flatten(1), False)
-    return indices(context), targets                                      # I-JEPA masks: B_x
+    return first_true(context), targets                                      # I-JEPA masks: B_x
 
 
 def rasterized_masks(batch_size, grid_size, generator=None):
-    """One quadrant, drawn per image, is the context; the three others are the targets. grid_size is even."""
+    """One quadrant, drawn per image, is the context [B, N / 4], the others are the targets [B, 3, N / 4]. grid_size is even."""
     half = grid_size // 2
     top_left = torch.arange(half)[:, None] * grid_size + torch.arange(half)
     corners = torch.tensor([0, half, half * grid_size, half * (grid_size + 1)])
@@ -152,13 +156,13 @@ def rasterized_masks(batch_size, grid_size, generator=None):
 
 
 def block_masks(batch_size, grid_size, generator=None):
-    """One block of about 0.6 of the image is the target, all the rest the context."""
+    """One block of about 0.6 of the image is the target [B, 1, Nt], all the rest the context [B, N - Nt]."""
     target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), ASPECT), grid_size, generator)
-    return indices(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
+    return first_true(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
 
 
 def random_masks(batch_size, grid_size, generator=None):
-    """0.6 of the patches, anywhere, are the target, the rest is the context."""
+    """0.6 of the patches, anywhere, are the target [B, 1, Nt], the rest is the context [B, N - Nt]."""
     order, count = torch.rand(batch_size, grid_size**2, generator=generator).argsort(1), round(0.6 * grid_size**2)
     return order[:, count:], order[:, None, :count]
 
@@ -176,12 +180,12 @@ def draw_masks(args, batch_size, generator):
 
 
 class Predictor(nn.Module):
-    """A narrow ViT: from the context's features to those of one target block, which it knows by position."""
+    """A narrow ViT: says the features of a target block from the context's features and the block's positions. d: its width."""
 
-    def __init__(self, args, width, out_features):
+    def __init__(self, args, D, out_features):
         super().__init__()
         d, heads = args.predictor_width, common.VITS[args.vit][2]
-        self.embed, self.mask_token = nn.Linear(width, d), nn.Parameter(torch.empty(d).normal_(std=0.02))
+        self.embed, self.mask_token = nn.Linear(D, d), nn.Parameter(torch.empty(d).normal_(std=0.02))
         self.register_buffer("position", common.positions(args.image_size // args.patch_size, d), persistent=False)
         self.blocks = nn.Sequential(*(common.Block(d, heads) for _ in range(args.predictor_depth)))
         self.norm, self.project = nn.LayerNorm(d, eps=1e-6), nn.Linear(d, out_features)
@@ -192,15 +196,15 @@ class Predictor(nn.Module):
         B, M, Nt = targets.shape
         known = self.embed(s_x) + self.position[context]                                    # [B, Nc, d]
         asked = self.mask_token + self.position[targets]                                    # [B, M, Nt, d]
-        ## Once per block: with all blocks in one sequence, the blocks asked for would see each other.
+        ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
-        asked = self.blocks[-1](tokens, last=Nt)                          # the context's outputs would be unused  [B M, Nt, d]
+        asked = self.blocks[-1](tokens, last=Nt)                          # for the asked tokens alone: no one reads the others  [B M, Nt, d]
         return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
 
 
 class JEPA(nn.Module):
-    """Context encoder, its moving average the target encoder, and the predictor."""
+    """The context encoder, the target encoder (its moving average) and the predictor."""
 
     def __init__(self, args):
         super().__init__()
@@ -211,7 +215,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(args, D, 3 * args.patch_size**2 if self.pixels else D)
 
     def forward(self, y, context, targets):
-        """Images y [B, 3, H, W] and masks -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
+        """Images y [B, 3, H, W], context [B, Nc], targets [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder ends in a norm of its own, whose learned scale could shrink the loss: hence this one.
@@ -227,31 +231,31 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 
-def training_step(model, x, args, generator):
-    """One batch of images x [B, 3, H, W] uint8 (the paper's y; its x is y at B_x) -> (loss, terms, embeddings) for common.train."""
+def training_step(model, images, args, generator):
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
-    y = common.augment(x, crop, args.image_size, generator)                                 # [B, 3, S, S]
-    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # the step's seed, shifted: not the crop's numbers again
-    masks = draw_masks(args, len(x) * common.process()[1], cpu_generator)                   # of all processes
+    y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
+    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # the step's seed, shifted: other numbers than the crop's
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes: one Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)
     z = common.gather(s_hat.float().mean(2))                              # pooled predictions [B, M, D], of all processes
     if args.views == "blocks":
-        pairs = list(itertools.combinations(z.unbind(1), 2))
+        pairs = list(itertools.combinations(z.unbind(1), 2))              # of (Z, Z'), each [B, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## The M predictions of one image are views of it that no one had to design: their means agree
-    ## (s) only where each tells of the whole image; v and c ask them to differ between images.
-    losses, terms = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
+    ## The M predictions of one image are views of it that no one had to design. s: their means agree, which each can only by
+    ## telling of the whole image. v: they differ between images. c: their dimensions say different things.
+    losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
     loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
-    terms = {name: sum(term[name] for term in terms) / len(pairs) for name in terms[0]}
+    terms = {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
     return loss, {"prediction": prediction, **terms}, {"target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
 
 
 @torch.no_grad()
 def update_target(model, args, progress):
-    """The EMA, after each step: momentum m goes linearly from args.ema to args.ema_end, or stays at 0."""
+    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1, or stays at 0."""
     ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and with AdamW both
     ## drift towards a constant, for which every prediction is right. The EMA slows this down, and so does Muon. With a
     ## gradient through the target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow
@@ -271,27 +275,27 @@ PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="defaults: sized for small images, or published for ViT-B/16")
+    add("--recipe", choices=("small", "paper"), default="small", help="which defaults: for small images, or I-JEPA's published ones for ViT-B/16 (PAPER, in this file)")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
-    add("--predictor-depth", type=number(int, 1, 64), default=3, help="blocks of the predictor")
+    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
     add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4)")
-    add("--target-scale", type=number(float, 0, 1), nargs=2, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
-    add("--context-scale", type=number(float, 0, 1), nargs=2, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
+    add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
+    add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
-    add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA")
+    add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
-    add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together; 0 is I-JEPA")
-    add("--beta-sim", type=number(float, 0), default=25.0, help="weight of the invariance term among the three")
-    add("--beta-std", type=number(float, 0), default=25.0, help="weight of the variance term")
-    add("--beta-cov", type=number(float, 0), default=1.0, help="weight of the covariance term")
-    add("--views", choices=("blocks", "target"), default="blocks", help="pooled predictions of an image's blocks, pairwise; or their mean and the pooled target")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, whose rate here is --lr 0.016")
+    add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together (beside --loss l2, a sum, the same counts far less); 0 is I-JEPA")
+    add("--beta-sim", type=number(float, 0), default=25.0, help="weight of s, the invariance term, among the three")
+    add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")
+    add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
+    add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': the mean predictions for an image's blocks, pairwise; or their mean and the mean target")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW: then add --lr 0.016")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
-    add("--weight-decay-end", type=number(float, 0), help="weight decay after the last step, by a cosine (default: constant)")
+    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
                                 warmup_epochs=0.5, eval_every=3)
     if parser.parse_known_args(argv)[0].recipe == "paper":
@@ -307,7 +311,7 @@ def arguments(argv=None):
 
 
 def check_grid(args):
-    """Raises Unusable where the image has no such grid of patches, or the grid no such blocks."""
+    """Raises Unusable where patches do not divide the image, heads not the predictor, or the masks find no targets or no context."""
     if args.image_size % args.patch_size:
         raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
     (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size
@@ -319,10 +323,10 @@ def check_grid(args):
               "block": {"--masking block": ((0.55, 0.65), ASPECT)}}.get(args.masking, {})
     area = {}
     for flag, (scale, aspect) in wanted.items():
-        if not block_sizes(grid_size, scale, aspect):
+        area[flag] = [h * w for h, w in block_sizes(grid_size, scale, aspect)]
+        if not area[flag]:
             raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} of them "
                                   f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")
-        area[flag] = [h * w for h, w in block_sizes(grid_size, scale, aspect)]
     if args.masking == "multiblock" and args.num_targets * max(area["--target-scale"]) >= min(area["--context-scale"]):
         raise common.Unusable(f"argument --num-targets: {args.num_targets} blocks of --target-scale {args.target_scale[1]} can cover the whole context")
 

@@ -886,8 +886,8 @@ class LARS(torch.optim.Optimizer):
 class Muon(torch.optim.AdamW):
     """AdamW, but weight matrices take steps along their orthogonalised momentum (Jordan et al. 2024).
 
-    The steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025). Every group says
-    by muon=True or False which it gets; biases and norms are AdamW's.
+    The steps are scaled to the size of AdamW's, entries of about 0.2, so that one learning rate serves both (Liu et al. 2025).
+    Groups with muon=False (biases, norms, the mask token) take AdamW's steps.
     """
     ## A gradient matrix is nearly of low rank: AdamW learns a few directions and hardly moves along the others. With all
     ## singular values near 1, every direction learns at one rate. (torch.optim.Muon does the same matrix by matrix
@@ -911,9 +911,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalise(g):
-    """g [k, m, n] -> for each matrix U S V^T about U V^T, by five Newton-Schulz steps: singular values of 0.7 to 1.2, the tiniest less."""
+    """k matrices U S V^T in g [k, m, n] -> roughly their U V^T [k, m, n]: singular values of 0.7 to 1.2, the tiniest less."""
+    ## A Newton-Schulz step sends each singular value s of x to 3.4445 s - 4.775 s^3 + 2.0315 s^5: for s from 0 to 1, towards 1.
     x = g if g.shape[1] <= g.shape[2] else g.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)              # now no s is above 1
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
@@ -921,7 +922,7 @@ def orthogonalise(g):
 
 
 def make_optimizer(model, args):
-    """AdamW, LARS or Muon; weight decay (and LARS's scaling, Muon's steps) on weights only, not on biases and norms."""
+    """AdamW, LARS or Muon; weight decay (and LARS's scaling, Muon's steps) for weights alone, not for biases, norms and the mask token."""
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -177,6 +177,7 @@ def arguments(argv=None):
 
 def load(path, device="auto", data_dir=None):
     """A checkpoint's (model, args) on `device`, the model in evaluation mode. Raises Unusable."""
+    path = Path(path)
     state = common.load_checkpoint(path)
     if state["method"] not in MODELS:
         raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)}")

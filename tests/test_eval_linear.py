@@ -1,6 +1,8 @@
 """eval_linear.py: the probe against scikit-learn, eval.json against its parts, from the checkpoint alone."""
 import copy
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +156,20 @@ def test_within_equals_scikit_learn_class_by_class():
 
 
 # ---- protocols that train ----
+
+
+def test_the_readmes_lines_for_ones_own_code_give_the_features(tiny_run):
+    """Run as printed on a run's checkpoint: per stack the means of its maps, here of one image at a time in float64."""
+    readme = (Path(eval_linear.__file__).parent / "README.md").read_text()
+    out, images = tiny_run("sjea", "--epochs", "1"), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    names = {"images": images}
+    exec(re.search(r"```python\n(.+?)```", readme, re.S).group(1).replace("runs/sjea-shapes", str(out)), names)
+    f = copy.deepcopy(names["model"]).double().f
+    for i, image in enumerate(images):
+        y = ((image.double() / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None])[None]
+        for stack in ("0", "1"):
+            y = f[int(stack)](y)
+            assert torch.allclose(names["features"][stack][i].double(), y.mean((2, 3))[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
