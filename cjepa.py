@@ -293,12 +293,15 @@ def arguments(argv=None):
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': the mean predictions for an image's blocks, pairwise; or their mean and the mean target")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW: then add --lr 0.016")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
                                 warmup_epochs=0.5, eval_every=3)
-    if parser.parse_known_args(argv)[0].recipe == "paper":
+    given = parser.parse_known_args(argv)[0]
+    if given.optimizer == "adamw":
+        parser.set_defaults(lr=16e-3)
+    if given.recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)
     args.predictor_width = args.predictor_width or min(384, common.VITS[args.vit][0] // 2)

@@ -902,11 +902,12 @@ class Muon(torch.optim.AdamW):
                 if not state:                  # AdamW looks for a step when it loads a state
                     state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
                 momentum = state["exp_avg"].lerp_(p.grad, 0.05)
-                by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, 0.95)))           # Nesterov's
+                g = p.grad.lerp(momentum, 0.95).flatten(1)                # Nesterov's; [m, n], a convolution's [m, channels h w]
+                by_shape.setdefault(g.shape, []).append((p, g))
                 p.grad = None                  # so that AdamW's own step, below, leaves it alone
             for shape, pairs in by_shape.items():
                 for (p, _), direction in zip(pairs, orthogonalise(torch.stack([g for _, g in pairs]))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.view_as(p), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
         super().step()
 
 
@@ -1288,7 +1289,7 @@ def draw_curves(history, path):
 @torch.no_grad()
 def extract(model, images, args):
     """Representations {level: [N, D] float32} of images [N, 3, S, S] uint8, a tensor or a Stream, by the model in evaluation mode."""
-    training, parts = model.training, []
+    training, features, done = model.training, {}, 0
     rank, world = process()
     n = math.ceil(len(images) / world)         # images of each process; the last one's share is filled up with the last image
     model.eval()
@@ -1297,9 +1298,13 @@ def extract(model, images, args):
     for batch in load_batches(images, index.split(size), args.device):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
             x = normalise(batch.float() / 255).contiguous(memory_format=torch.channels_last)
-            parts.append({level: y.float() for level, y in model.representations(x).items()})
+            for level, y in model.representations(x).items():
+                if not done:                   # all at once: kept piece by piece among what comes and goes, they split the memory up
+                    features[level] = torch.empty(n, y.shape[1], device=y.device)
+                features[level][done:done + len(y)] = y
+        done += len(batch)
     model.train(training)
-    return {level: gather(torch.cat([part[level] for part in parts]))[:len(images)] for level in parts[0]}
+    return {level: gather(y)[:len(images)] for level, y in features.items()}
 
 
 def knn_by_level(features, test_features, data):

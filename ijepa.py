@@ -19,10 +19,10 @@ In shapes B is the number of images and D that of features; in the loss D is the
 Where this script differs from the paper: the layer norm of s_y, and by default D as smooth-L1, averaged over
 everything, are the authors' code's (facebookresearch/ijepa); --loss l2 is the paper's sum. The size of the blocks is
 drawn among those whole-patch rectangles that lie in the published ranges; the authors round to the grid, may leave
-the ranges, and never reach the grid's last row and column. y is a random crop, nothing else. Weights are Xavier's (the authors'
-standard deviation of 0.02 is nearly that at width 768, and too small for small networks). Published settings come
-with --recipe paper; the defaults, such as M = 2 and the optimizer Muon, which learns more than AdamW from half the
-images, were chosen by measurement at 32 px on two CPU cores.
+the ranges, and never reach the grid's last row and column. y is a random crop, nothing else. Weights are Xavier's
+(the authors' standard deviation of 0.02 is nearly that at width 768, and too small for small networks). Published
+settings come with --recipe paper; the defaults, such as M = 2 and the optimizer Muon, which learns more than AdamW
+from half the images, were chosen by measurement at 32 px on two CPU cores.
 """
 import copy
 
@@ -231,12 +231,15 @@ def arguments(argv=None):
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW: then add --lr 0.016")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
     common.add_common_arguments(parser, method="ijepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
                                 warmup_epochs=0.5, eval_every=3)
-    if parser.parse_known_args(argv)[0].recipe == "paper":
+    given = parser.parse_known_args(argv)[0]
+    if given.optimizer == "adamw":
+        parser.set_defaults(lr=16e-3)
+    if given.recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)
     args.predictor_width = args.predictor_width or min(384, common.VITS[args.vit][0] // 2)

@@ -92,7 +92,7 @@ BAD = [  # script, flags, words of the line
     ("vicreg", "--arch resnet34", "--arch resnet34 resnet50"),
     ("vicreg", "--projector 512-0-512", "--projector 512-0-512"),
     ("vicreg", "--projector big", "--projector big"),
-    ("vicreg", "--optimizer sgd", "--optimizer sgd lars"),
+    ("vicreg", "--optimizer sgd", "--optimizer sgd lars muon"),
     ("vicreg", "--precision fp16", "--precision fp16 bf16"),
     ("vicreg", "--device tpu", "--device tpu"),
     ("vicreg", "--seed -1", "--seed -1"),

@@ -1,6 +1,9 @@
 """ijepa.py: masks, a slow reference of the whole step in float64, the EMA, encoder sizes, a resumed run."""
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,4 +282,24 @@ def test_schedules():
     assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema, args.ema_end) == (1e-3, 0.04, 0.4, 0.996, 1)
     assert (args.epochs, args.batch_size, args.vit, args.patch_size, args.image_size) == (300, 2048, "base", 16, 224)
     assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min, args.optimizer) == (4, 0.3, "adamw")
-    assert ijepa.arguments([]).optimizer == "muon"
+    small, adamw = ijepa.arguments([]), ijepa.arguments(["--optimizer", "adamw"])
+    assert (small.optimizer, small.lr, adamw.lr) == ("muon", 0.032, 0.016)
+
+
+def test_judging_takes_no_memory_but_the_features():
+    """4,000 images through both encoders after 20 steps, in a process of its own: its peak grows by less than 100 MB.
+    (Were the features kept batch by batch among what comes and goes, by 180, and with 60,000 images by gigabytes.)"""
+    script = """
+import resource, torch, common, ijepa
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+torch.set_num_threads(1)
+args = ijepa.arguments(["--precision", "fp32", "--device", "cpu"])
+model, images = ijepa.JEPA(args), torch.zeros(4000, 3, 32, 32, dtype=torch.uint8)
+for _ in range(20):
+    ijepa.training_step(model, images[:32], args, torch.Generator().manual_seed(0))[0].backward()
+before = peak()
+common.extract(model, images, args)
+print(peak() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", script], cwd=Path(ijepa.__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert float(grown) < (100 if sys.platform == "linux" else 100 * 2**10)     # macOS counts bytes
