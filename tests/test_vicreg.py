@@ -110,12 +110,14 @@ def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
     assert all(word in printed for word in ("raw pixels", "untrained 0", "linear top-1", "eval_linear.py"))
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(tiny_run):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_equals_an_undisturbed_one(optimizer, tiny_run):
     """Two of three epochs, then the third from the checkpoint: same parameters and losses to the last bit."""
-    whole = tiny_run("vicreg", "--epochs", "3")
-    parts = tiny_run("vicreg", "--epochs", "3", stop_after=2)
+    flags = ("--epochs", "3", "--optimizer", optimizer)
+    whole = tiny_run("vicreg", *flags)
+    parts = tiny_run("vicreg", *flags, stop_after=2)
     assert len(read_log(parts)) == 2
-    tiny_run("vicreg", "--epochs", "3", "--resume", out=parts)
+    tiny_run("vicreg", *flags, "--resume", out=parts)
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, parts))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert [row["loss"] for row in read_log(whole)] == [row["loss"] for row in read_log(parts)]
