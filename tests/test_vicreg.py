@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
+import sjea
 import vicreg
 
 
@@ -210,3 +211,10 @@ def test_augmentation_crop_leaves_colours_alone():
     expected = common.normalise((colour.float() / 255)[None, :, None, None]).expand(64, 3, 32, 32)
     for view in vicreg.transformations(args):
         torch.testing.assert_close(common.augment(images, view, 32, torch.Generator().manual_seed(0)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("script", [vicreg, sjea])
+def test_each_optimizer_has_its_own_rate(script):
+    """As documented, and an explicit --lr goes before it."""
+    rate = lambda *flags: script.arguments(list(flags)).lr
+    assert (rate(), rate("--optimizer", "muon"), rate("--optimizer", "lars"), rate("--optimizer", "muon", "--lr", "0.02")) == (0.03, 0.06, 0.3, 0.02)
