@@ -200,9 +200,10 @@ def training_step(model, images, args, generator):
 def update_target(model, args, progress):
     """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1, or stays at 0."""
     ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and with AdamW both
-    ## drift towards a constant. The EMA slows this down, and so does Muon in the encoder. With a gradient through the target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow
-    ## m is depends on the number of steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at
-    ## 1, as published, freezes the target before a run of a few thousand steps has learned much.
+    ## drift towards a constant. The EMA slows this down, and so does Muon in the encoder. With a gradient through the
+    ## target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on
+    ## the number of steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at 1, as
+    ## published, freezes the target before a run of a few thousand steps has learned much.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
