@@ -3,6 +3,7 @@
 Nothing in this file knows a method. Read a method's script first and look things up here.
 """
 import argparse
+import ctypes
 import fcntl
 import functools
 import gc
@@ -144,8 +145,17 @@ def bf16_is_fast(device):
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def keep_memory():
+    """Have glibc keep what large tensors free: memory from the system comes in pages that are cleared first, at every step again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)                    # M_MMAP_MAX: no tensor has a mapping of its own
+        libc.mallopt(-1, -1)                   # M_TRIM_THRESHOLD: nothing goes back
+
+
 def command_line(main):
     """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
+    keep_memory()
     if int(os.environ.get("RANK", 0)) > 0:     # of torchrun's processes the first alone prints
         sys.stdout = open(os.devnull, "w")
     try:
