@@ -151,10 +151,10 @@ def arguments(argv=None):
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; measured better at small scale: 8)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("adamw", "muon", "lars"), default="adamw", help="adamw; muon, which learned more in short runs; or lars, for batches above 256")
-    common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.03, weight_decay=1e-4,
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs; adamw; or lars, for batches above 256")
+    common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
-    own = {"lars": dict(lr=0.3, weight_decay=1e-6), "muon": dict(lr=0.06)}
+    own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
     args = common.parse(parser, argv)
     args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08)

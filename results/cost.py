@@ -26,6 +26,7 @@ GROWTH = {"batch_size": (64, 128, 256, 512, 1024, 2048), "image_size": (32, 64, 
 
 def measure(batch_size, image_size, stacks, images, device, width):
     """(images per second, peak memory in MB) of one setting."""
+    common.keep_memory()                       # as every script does
     args = sjea.arguments(["--batch-size", str(batch_size), "--image-size", str(image_size), "--stacks", str(stacks),
                            "--width", str(width), "--device", device])
     x = torch.randint(256, (images, 3, image_size, image_size), dtype=torch.uint8, device=args.device)

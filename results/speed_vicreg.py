@@ -60,7 +60,7 @@ def ours(args, precision):
                 link.symlink_to(path.resolve())
         subprocess.run([sys.executable, ROOT / "vicreg.py", "--dataset", "folder", "--data-dir", folder, "--image-size", "32",
                         "--batch-size", str(BATCH), "--width", str(args.width), "--projector", WIDTHS, "--augmentation", "vicreg",
-                        "--nu", "1", "--lr", "0.001", "--epochs", "2", "--eval-every", "0", "--out", f"{folder}/run", *precision],
+                        "--nu", "1", "--optimizer", "adamw", "--lr", "0.001", "--epochs", "2", "--eval-every", "0", "--out", f"{folder}/run", *precision],
                        check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         return rows[1]["images_per_second"]

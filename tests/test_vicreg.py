@@ -217,4 +217,4 @@ def test_augmentation_crop_leaves_colours_alone():
 def test_each_optimizer_has_its_own_rate(script):
     """As documented, and an explicit --lr goes before it."""
     rate = lambda *flags: script.arguments(list(flags)).lr
-    assert (rate(), rate("--optimizer", "muon"), rate("--optimizer", "lars"), rate("--optimizer", "muon", "--lr", "0.02")) == (0.03, 0.06, 0.3, 0.02)
+    assert (rate(), rate("--optimizer", "adamw"), rate("--optimizer", "lars"), rate("--optimizer", "adamw", "--lr", "0.02")) == (0.06, 0.03, 0.3, 0.02)
