@@ -25,9 +25,9 @@ Beside the paper: as in its authors' code, s is also divided by d, and the varia
 y1_1 = f2(y1_1), a slip for f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default.
 The stem of every later stack is a 3x3 convolution; at width 64, with a projector 256-256-256 on each, two stacks then
 have 23.16 M parameters (Table 2: 23.2), one 11.43 (11.6). With --stacks 1 the weights are those of vicreg.py, bit for bit.
-The default settings suit minutes on two CPU cores: width 16 (so C = 128), AdamW, nu = 8, a projector on each stack.
-The paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10 (none on stack 1: the column of Table 3
-that equals Table 1), with --batch-size 128 --lr 0.002 from its authors' code. --base barlow-twins stacks another method.
+The default settings suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, a projector on each stack. The
+paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10 (none on stack 1: the column of Table 3 that
+equals Table 1), with --optimizer adamw --batch-size 128 --lr 0.002, near its authors' code (Adam). --base barlow-twins stacks another method.
 """
 import torch
 import torch.nn.functional as F

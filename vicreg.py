@@ -19,8 +19,8 @@ Two random views x_1, x_2 of every image go through one encoder f and one projec
 Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's letter,
 because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, and the
 variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve. The default
-settings suit minutes on two CPU cores: width 16 (so [n, 128] above), AdamW, S-JEA's augmentation, and
-nu = 8, which suits a small d better (results/README.md). The paper's are flags.
+settings suit minutes on two CPU cores: width 16 (so [n, 128] above), the optimizer Muon, S-JEA's augmentation,
+and nu = 8, which suits a small d better (results/README.md). The paper's are flags.
 """
 import torch
 import torch.nn.functional as F

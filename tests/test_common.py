@@ -841,3 +841,22 @@ def test_missing_checkpoint(tmp_path):
     for path, words in ((tmp_path / "none.pt", "no checkpoint .*none.pt"), (tmp_path, tmp_path.name)):
         with pytest.raises(common.Unusable, match=words):
             common.load_checkpoint(path, "vicreg")
+
+
+RESIDENT = """
+import pathlib, common, torch
+megabytes = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+torch.ones(2**20)
+{call}
+before = megabytes()
+x = torch.ones(2**26)                          # 256 MB
+del x
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(os.confstr_names.get("CS_GNU_LIBC_VERSION") is None, reason="of glibc")
+def test_the_memory_of_freed_tensors_is_kept():
+    """A process that called keep_memory() still has a large tensor's memory after the tensor; one that did not has given it back."""
+    resident = lambda call: float(subprocess.run([sys.executable, "-c", RESIDENT.format(call=call)], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert resident("") < 20 and 250 < resident("common.keep_memory()") < 280

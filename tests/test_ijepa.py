@@ -293,6 +293,7 @@ def test_judging_takes_no_memory_but_the_features():
 import resource, torch, common, ijepa
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 torch.set_num_threads(1)
+common.keep_memory()
 args = ijepa.arguments(["--precision", "fp32", "--device", "cpu"])
 model, images = ijepa.JEPA(args), torch.zeros(4000, 3, 32, 32, dtype=torch.uint8)
 for _ in range(20):
