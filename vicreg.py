@@ -20,7 +20,7 @@ Where this script follows the authors' code (facebookresearch/vicreg) and not th
 because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, and the
 variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve. The default
 settings suit minutes on two CPU cores: width 16 (so [n, 128] above), the optimizer Muon, S-JEA's augmentation,
-and nu = 8, which suits a small d better (results/README.md). The paper's are flags.
+and nu = 8, with which AdamW learns more at a small d (results/README.md). The paper's are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ def arguments(argv=None):
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; measured better at small scale: 8)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; with a small d AdamW learns more with 8, Muon as much with either)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs; adamw; or lars, for batches above 256")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
