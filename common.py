@@ -146,7 +146,7 @@ def bf16_is_fast(device):
 
 
 def keep_memory():
-    """Have glibc keep what large tensors free: memory from the system comes in pages that are cleared first, at every step again."""
+    """Have glibc keep the memory of freed tensors: what it gives back returns in pages that the system has to clear first, at every step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                    # M_MMAP_MAX: no tensor has a mapping of its own

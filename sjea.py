@@ -27,7 +27,8 @@ The stem of every later stack is a 3x3 convolution; at width 64, with a projecto
 have 23.16 M parameters (Table 2: 23.2), one 11.43 (11.6). With --stacks 1 the weights are those of vicreg.py, bit for bit.
 The default settings suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, a projector on each stack. The
 paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10 (none on stack 1: the column of Table 3 that
-equals Table 1), with --optimizer adamw --batch-size 128 --lr 0.002, near its authors' code (Adam). --base barlow-twins stacks another method.
+equals Table 1), with --optimizer adamw --batch-size 128 --lr 0.002: its authors' code has Adam at 1e-3. --base barlow-twins
+stacks another method.
 """
 import torch
 import torch.nn.functional as F
@@ -198,7 +199,7 @@ def arguments(argv=None):
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; with a small d AdamW learns more with 8, Muon as much with either)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs; adamw; or lars, for batches above 256")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs; adamw, with which --lr is 0.03 by default; or lars (0.3), for batches above 256")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
