@@ -126,7 +126,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(optimizer, tiny_run):
 
 def test_collapse_shows_and_warns(tiny_run, capsys):
     """Without the variance term the effective rank falls to near 1 and the run says so; with it, neither."""
-    flags = ("--epochs", "12", "--lr", "0.1")
+    flags = ("--epochs", "12", "--lr", "0.2")
     collapsed = tiny_run("vicreg", "--mu", "0", *flags)
     assert "warning: level 0 is collapsing" in capsys.readouterr().err
     assert read_log(collapsed)[-1]["effective_rank"]["0"] < 1.2
