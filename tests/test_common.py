@@ -844,8 +844,8 @@ def test_missing_checkpoint(tmp_path):
 
 
 RESIDENT = """
-import pathlib, common, torch
-megabytes = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+import os, pathlib, common, torch
+megabytes = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 torch.ones(2**20)
 {call}
 before = megabytes()
