@@ -46,7 +46,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
     ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.

@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,7 +175,8 @@ def command_line(main):
         if "DataLoader worker" in str(error):  # killed, in most cases for its memory or a small /dev/shm
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())} What was saved is whole.", file=sys.stderr)
             sys.exit(1)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+                sign in str(error) for sign in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
         print(f"{Path(sys.argv[0]).name}: out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole.", file=sys.stderr)
         sys.exit(1)
@@ -203,7 +204,10 @@ def load_dataset(args, download=True):
     if args.dataset == "shapes":
         data = load_shapes(args)
     else:
-        data = {"stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)(args, download)
+        try:
+            data = {"stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)(args, download)
+        except OSError as error:               # a folder without classes or images, no permission, a name too long
+            raise Unusable(f"argument --data-dir: {error}") from error
     if args.holdout:                           # every tenth training image plays the test image
         held = torch.arange(len(data.train_images)) % 10 == 0
         split = lambda labels, where: {name: y[where] for name, y in labels.items()}
@@ -230,11 +234,25 @@ def torchvision_dataset(name, args, **options):
     root = Path(args.data_dir)
     new = not root.exists()
     try:
-        return getattr(torchvision.datasets, name)(root, **options)
+        with one_at_a_time(root) if options["download"] else nullcontext():
+            return getattr(torchvision.datasets, name)(root, **options)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
         raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{', and no download' * options['download']}: {error}") from error
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Of the processes of one machine the first goes on, with a folder that is there; the next when it has left. So one downloads for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):                # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_cifar(args, download):
@@ -299,7 +317,7 @@ def load_folder(args, download):
 def list_images(part, known):
     """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], "classes", and "folders" with when they "changed".
 
-    What load_folder kept of it in the file `known` holds while no folder has changed. Raises Unusable.
+    What load_folder kept of it in the file `known` holds while no folder has changed. Raises Unusable or OSError.
     """
     try:
         index = dict(np.load(known))                                       # no pickle: loading it runs no code
@@ -312,10 +330,7 @@ def list_images(part, known):
         if os.path.realpath(folder) in seen:
             raise Unusable(f"argument --data-dir: {folder} is a link to a folder that is in {part} already")
         seen[os.path.realpath(folder)] = folder, os.stat(folder).st_mtime_ns
-    try:
-        listed = torchvision.datasets.ImageFolder(part)
-    except OSError as error:                   # no class folder, or one without images, or no permission
-        raise Unusable(f"argument --data-dir: {error}") from error
+    listed = torchvision.datasets.ImageFolder(part)
     folders, changed = zip(*seen.values())
     return {"paths": below(path for path, _ in listed.samples), "targets": np.array(listed.targets), "new": True,
             "classes": np.array([os.fsencode(name) for name in listed.classes]), "folders": below(folders), "changed": np.array(changed)}
@@ -381,7 +396,7 @@ def load_batches(images, index_batches, device):
     Those of a Stream are read ahead by worker processes. Raises RunFailed at one that cannot be read.
     """
     if isinstance(images, torch.Tensor):
-        yield from (images[index] for index in index_batches)
+        yield from (images[index].to(device) for index in index_batches)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -815,7 +830,10 @@ def join_processes(device):
     """Join the processes that torchrun started, if it did; on CUDA each takes a GPU of its own."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if rank >= gpus:
+                raise Unusable(f"torchrun's --nproc_per_node: each process takes a GPU of its own, and this machine has {gpus}")
+            torch.cuda.set_device(rank)
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
@@ -979,6 +997,11 @@ def train(args, model, training_step, data, after_step=None):
     per_epoch = len(data.images) // args.batch_size
     steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
     peak = args.lr * args.batch_size / 256
+    if args.compile:
+        try:
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+        except RuntimeError as error:
+            raise Unusable(f"argument --compile: torch.compile does not work on this machine: {str(error).splitlines()[0]}") from error
     if world > 1 and device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()
@@ -1005,7 +1028,7 @@ def train(args, model, training_step, data, after_step=None):
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.reset(per_epoch)
                 bar.initial = bar.n = i
-                began = time.perf_counter() - seconds
+                began, ask = time.perf_counter() - seconds, i
             generator.manual_seed(args.seed * 1_000_003 + step)
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
@@ -1023,10 +1046,12 @@ def train(args, model, training_step, data, after_step=None):
             bar.update()
 
             last = i + 1 == per_epoch
-            if world > 1 and not last and i % 20:                 # else the first process decides for all whether to save
+            if world > 1 and not last and i < ask:                # else the first process decides for all whether to save, every 20 steps or 5 s
                 continue
-            stop, save = from_first((signals[:1], last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes))
-            if save or i % 20 == 0:                               # reading a value waits for the device
+            pace = (time.perf_counter() - began) / (i + 1)
+            stop, save, ask = from_first((signals[:1], last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes,
+                                          i + min(20, 1 + int(5 / pace))))
+            if save or world > 1 or i % 20 == 0:                  # reading a value waits for the device
                 sums = add_up(sums, average(torch.stack(unread)).tolist(), list(terms), step)
                 bar.set_postfix(loss=f"{unread[-1][0]:.3f}", refresh=False)
                 unread = []
@@ -1060,8 +1085,6 @@ def train(args, model, training_step, data, after_step=None):
                 if rank == 0:
                     print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
                 sys.exit(128 + stop[0])
-    if world > 1:
-        dist.barrier()                             # the checkpoint is written: any process may read it now
     return features
 
 
@@ -1096,12 +1119,13 @@ def claimed(out, resume):
     if process()[0] > 0:
         yield
         return
-    if not resume:
-        out.mkdir(parents=True, exist_ok=True)
+    if resume and not out.exists():
+        raise Unusable(f"argument --resume: no {out / CHECKPOINTS[0]}; there is no folder {out}")
     try:
+        out.mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY)
-    except FileNotFoundError as error:
-        raise Unusable(f"argument --resume: no {out / CHECKPOINTS[0]}; there is no folder {out}") from error
+    except OSError as error:
+        raise Unusable(f"argument --out: {error}") from error
     LOCKS.append(folder)
     try:
         try:
@@ -1118,13 +1142,16 @@ def claimed(out, resume):
 
 @contextmanager
 def stop_signals():
-    """A list that receives the first SIGINT or SIGTERM; the second ends the process at once."""
+    """A list that receives the first SIGINT or SIGTERM; the second ends the process at once.
+
+    But for processes of torchrun, which passes on a signal that may have reached all of them already, and kills after 30 s.
+    """
     received = []
 
     def receive(signum, frame):
         received.append(signum)
         for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
 
     handlers = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1255,7 +1282,8 @@ def load_checkpoint(path, method=None):
     numbers = lambda x: number(x) or isinstance(x, dict) and all(map(number, x.values()))
     log = state["history"]
     if (not all(isinstance(row, dict) and row.keys() - {"knn"} == log[0].keys() - {"knn"} >= LOGGED and all(map(numbers, row.values())) for row in log)
-            or not all(map(number, state["sums"])) or not all(isinstance(value, torch.Tensor) for value in state["model"].values())):
+            or not all(map(number, state["sums"])) or not all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes
+                                                              for value in state["model"].values())):
         raise Unusable(f"{path}: its log or its weights are not as these scripts write them")
     if method and state["method"] != method:
         raise Unusable(f"{path}: a checkpoint of {state['method']}.py, not of {method}.py")
@@ -1303,6 +1331,8 @@ def extract(model, images, args):
     rank, world = process()
     n = math.ceil(len(images) / world)         # images of each process; the last one's share is filled up with the last image
     model.eval()
+    for buffer in model.buffers() if world > 1 else ():            # BN's, which a CPU cannot synchronise: the checkpoint has the first process's
+        dist.broadcast(buffer, 0)
     index = torch.arange(rank * n, (rank + 1) * n, device=images.device).clamp(max=len(images) - 1)
     size = 100 if args.device == "cpu" else 500    # what a CPU's cache holds
     for batch in load_batches(images, index.split(size), args.device):

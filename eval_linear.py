@@ -129,6 +129,7 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     if frozen:
         optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9)
     else:
+        model.stop_gradient = False            # of sjea.py --stop-gradient: the label's loss is to reach every stack
         optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr, weight_decay=0.05)
     batch = min(128, len(x))
     per_epoch = len(x) // batch
@@ -178,7 +179,8 @@ def arguments(argv=None):
 def load(path, device="auto", data_dir=None):
     """A checkpoint's (model, args) on `device`, the model in evaluation mode. Raises Unusable."""
     path = Path(path)
-    state = common.load_checkpoint(path)
+    common.join_processes(common.pick_device(device))
+    state = common.from_first(common.load_checkpoint(path) if common.process()[0] == 0 else None)    # the others may be on other machines
     if state["method"] not in MODELS:
         raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)}")
     config = {**state["config"], "device": device, "out": str(path.parent), "resume": False}

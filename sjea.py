@@ -6,16 +6,17 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py --stacks 2 --dataset stl10
 
 A second encoder reads the *map* of the first, before pooling, and each stack has its own VICReg loss.
-In names such as z0_1 the digit is the stack and _1 the view. f1, h1 of the paper's Algorithm 1 are f[0], h[0] here,
-f2, h2 are f[1], h[1], and pooling, which its section 3.2 describes, is written out:
+In z0_1, the 0 is the stack and the 1 the view. f1, h1 of the paper's Algorithm 1 (f_theta, h_theta of its section 3) are
+f[0], h[0] here, f2, h2 (f_xi, h_xi) are f[1], h[1]; h is its "expander". Pooling, which section 3.2 describes, is written out:
 
-    y0 = f[0](x)   map [B, C, h, w]     z0 = h[0](pool(y0))   embeddings [B, d]     loss0 = l(z0_1, z0_2)
-    y1 = f[1](y0)  map [B, C, h', w']   z1 = h[1](pool(y1))                         loss1 = l(z1_1, z1_2)
+    y0 = f[0](x)   map [B, C, m, m]     z0 = h[0](pool(y0))   embeddings [B, d]     loss0 = l(z0_1, z0_2)
+    y1 = f[1](y0)  map [B, C, m', m']   z1 = h[1](pool(y1))                         loss1 = l(z1_1, z1_2)
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]   in each stack
-             loss = loss0 + loss1, and it flows back through all stacks
+             loss = loss0 + loss1; each flows back through its own stack and all below, in one step
 
-C is 512 at width 64; at 32 px, h = w = 4 and h' = w' = 1. The terms are VICReg's, Algorithm 1's i_loss, v_loss, c_loss:
+C is 512 at width 64; at 32 px, m = 4 and m' = 1. The terms are VICReg's; Algorithm 1's i_loss is s, its v_loss and c_loss
+are the sums in brackets:
 
     s(Z, Z') = 1/n  sum_i ||z_i - z'_i||^2                      the two views agree           VICReg Eq. (5)
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))          every dimension is spread     VICReg Eq. (1), (2)
@@ -23,12 +24,13 @@ C is 512 at width 64; at 32 px, h = w = 4 and h' = w' = 1. The terms are VICReg'
 
 Beside the paper: as in its authors' code, s is also divided by d, and the variance term is halved. Algorithm 1 prints
 y1_1 = f2(y1_1), a slip for f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default.
-The stem of every later stack is a 3x3 convolution; at width 64, with a projector 256-256-256 on each, two stacks then
-have 23.16 M parameters (Table 2: 23.2), one 11.43 (11.6). With --stacks 1 the weights are those of vicreg.py, bit for bit.
-The default settings suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, a projector on each stack. The
-paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10 (none on stack 1: the column of Table 3 that
-equals Table 1), with --optimizer adamw --batch-size 128 --lr 0.002: its authors' code has Adam at 1e-3. --base barlow-twins
-stacks another method.
+Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell at 32 px), and so
+does every later stack: at width 64, with a projector 256-256-256 on each, two stacks have 23.16 M parameters (Table 2: 23.2,
+which is twice its 11.6), one 11.43. With --stacks 1 the trained weights are those of vicreg.py, bit for bit.
+The default settings suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, a projector on each stack, on
+shapes crops of 0.8 and more. The paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10: Algorithm 1
+has h2, but Table 1's figures are those of Table 3's column without it. Its authors' code has Adam at 1e-3, here
+--optimizer adamw --batch-size 128 --lr 0.002, since --lr is the rate for a batch of 256; decay, warm-up and cosine are ours.
 """
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
     ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
@@ -97,7 +99,7 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
     """
     ## Here both of VICReg's regularisers live in one matrix, *across* the views: its diagonal at 1 asks for agreement and
-    ## for spread, the rest at 0 for dimensions that say different things. S-JEA's paper leaves open which base gains by stacking.
+    ## for spread, the rest at 0 for dimensions that say different things. S-JEA's paper expects stacking to serve other bases, too, and tries none.
     with torch.autocast(z_1.device.type, enabled=False):
         z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
         C = z_1.T @ z_2 / len(z_1)                                        # Barlow Twins Eq. (2)  [d, d]
@@ -131,17 +133,17 @@ class SJEA(nn.Module):
             self.h.append(projector(channels, args.projector) if has_projector == "1" else nn.Identity())
 
     def maps(self, x):
-        """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, C, h, w]."""
+        """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, C, m, m]."""
         y, ys = x, []
         for f in self.f:
             ## Nothing is resized or pooled between stacks: stack 1 sees where in the image y0 found
-            ## what. With --stop-gradient, loss1 cannot reshape y0, and stack 0 is plain VICReg.
-            y = f(y.detach() if ys and self.stop_gradient else y)         # S-JEA Algorithm 1: y0 = f1(x), y1 = f2(y0)
+            ## what. With --stop-gradient, proposed in section 4.3, loss1 cannot reshape y0, and stack 0 is plain VICReg.
+            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0 = f1(x), y1 = f2(y0)
             ys.append(y)
         return ys
 
     def forward(self, x_1, x_2):
-        """Two views [B, 3, H, W] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d]."""
+        """Two views [B, 3, H, W] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d], without a projector [B, C]."""
         return [(h(pool(y_1)), h(pool(y_2)))                              # S-JEA Algorithm 1: z0 = h1(y0), z1 = h2(y1)
                 for h, y_1, y_2 in zip(self.h, self.maps(x_1), self.maps(x_2))]
 
@@ -154,29 +156,29 @@ class SJEA(nn.Module):
 
 
 def transformations(args):
-    """(t_1, t_2): the distributions of the two views, as in the authors' code. Images of 64 px or less are not blurred."""
+    """(t_1, t_2): the distributions of the two views, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## VICReg's two views differ: the first is always blurred, the second rarely, but at times solarized.
+    ## VICReg's two views differ: above 64 px the first is always blurred, the second rarely; that one is at times solarized.
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
 def training_step(model, x, args, generator):
     """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
     t_1, t_2 = transformations(args)
-    x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
+    x_1 = common.augment(x, t_1, args.image_size, generator)              # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
     for stack, z in enumerate(model(x_1, x_2)):
-        z_1, z_2 = map(common.gather, z)                                  # [B, d], of all processes
+        z_1, z_2 = map(common.gather, z)                                  # [n, d], of all processes
         loss_k, terms_k = (vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu) if args.base == "vicreg"    # S-JEA Eq. (1)
                            else barlow_twins_loss(z_1, z_2))
         loss = loss + args.stack_weights[stack] * loss_k                  # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_k.items()}
-        embeddings[str(stack)] = z_1
+        embeddings[str(stack)] = z_1                                      # for the log's effective rank, which one view tells
     return loss, terms, embeddings
 
 

@@ -45,7 +45,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma]; 0 when all dimensions have spread.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
     ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
@@ -117,13 +117,13 @@ class VICReg(nn.Module):
 
 
 def transformations(args):
-    """(t_1, t_2): the distributions of the two views, as in the authors' code. Images of 64 px or less are not blurred."""
+    """(t_1, t_2): the distributions of the two views, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## VICReg's two views differ: the first is always blurred, the second rarely, but at times solarized.
+    ## VICReg's two views differ: above 64 px the first is always blurred, the second rarely; that one is at times solarized.
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 

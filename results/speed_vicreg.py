@@ -13,6 +13,7 @@ Common to all sides: the same images, ResNet-18 with the 3x3 stem, projector 204
 
 ours            vicreg.py's own command line, at the precision it picks for this machine; AdamW
 ours-fp32       the same with --precision fp32
+ours-compile    the same as ours with --compile
 lightly         the loop of lightly's example: fp32, SGD, VICRegTransform, DataLoader. Departs from it by a lower rate, lightly's own
                 CIFAR ResNet, three layers in the head (the example has two) and images kept decoded in memory as PIL
 lightly-bf16    the same under bf16 autocast, with channels-last memory
@@ -36,7 +37,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, WIDTHS = 256, "2048-2048-2048"
-SIDES = ("ours", "ours-fp32", "lightly", "lightly-bf16", "lightly-noblur")
+OURS = {"ours": [], "ours-fp32": ["--precision", "fp32"], "ours-compile": ["--compile"]}
+SIDES = (*OURS, "lightly", "lightly-bf16", "lightly-noblur")
 
 
 def image_paths(folder, count):
@@ -48,7 +50,7 @@ def image_paths(folder, count):
     return paths[:count]
 
 
-def ours(args, precision):
+def ours(args, flags):
     """images/s in the second epoch of a vicreg.py run on as many images as make args.steps steps."""
     with tempfile.TemporaryDirectory() as folder:
         parts = {"train": image_paths(args.data_dir / "train", args.steps * BATCH)}
@@ -60,7 +62,7 @@ def ours(args, precision):
                 link.symlink_to(path.resolve())
         subprocess.run([sys.executable, ROOT / "vicreg.py", "--dataset", "folder", "--data-dir", folder, "--image-size", "32",
                         "--batch-size", str(BATCH), "--width", str(args.width), "--projector", WIDTHS, "--augmentation", "vicreg",
-                        "--nu", "1", "--optimizer", "adamw", "--lr", "0.001", "--epochs", "2", "--eval-every", "0", "--out", f"{folder}/run", *precision],
+                        "--nu", "1", "--optimizer", "adamw", "--lr", "0.001", "--epochs", "2", "--eval-every", "0", "--out", f"{folder}/run", *flags],
                        check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         return rows[1]["images_per_second"]
@@ -125,7 +127,7 @@ def measure(args, side, workers=0):
                "--workers", workers, "--one", side]
     run = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
     speed = float(run.stdout.split()[-1])
-    print(f"{side} {f'with {workers} workers ' * side.startswith('lightly')}{speed:.1f} images/s", file=sys.stderr)
+    print(f"{side} {f'with {workers} workers ' * (side not in OURS)}{speed:.1f} images/s", file=sys.stderr)
     return speed
 
 
@@ -140,12 +142,9 @@ def main():
     parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        if args.one.startswith("ours"):
-            print(ours(args, ["--precision", "fp32"] if args.one == "ours-fp32" else []))
-        else:
-            print(lightly(args, args.one))
+        print(ours(args, OURS[args.one]) if args.one in OURS else lightly(args, args.one))
         return
-    workers = {side: max(args.workers, key=lambda n: measure(args, side, n)) if side.startswith("lightly") and len(args.workers) > 1
+    workers = {side: max(args.workers, key=lambda n: measure(args, side, n)) if side not in OURS and len(args.workers) > 1
                else args.workers[0] for side in args.sides}
     speeds = {side: [] for side in args.sides}
     for _ in range(args.rounds):
@@ -153,7 +152,7 @@ def main():
             speeds[side].append(measure(args, side, workers[side]))
     print(json.dumps({"images_per_second": {side: round(statistics.median(s), 1) for side, s in speeds.items()},
                       "runs": {side: [round(x, 1) for x in s] for side, s in speeds.items()},
-                      "workers": {side: n for side, n in workers.items() if side.startswith("lightly")},
+                      "workers": {side: n for side, n in workers.items() if side not in OURS},
                       "width": args.width, "batch": BATCH, "steps": args.steps, "threads": torch.get_num_threads(),
                       "cores": os.cpu_count(), "torch": torch.__version__}))
 

@@ -46,6 +46,7 @@ def made(tmp_path_factory):
     whole = (tree("truncated") / "train" / "cat" / "1.png")
     whole.write_bytes(whole.read_bytes()[:40])
     (root / "a_file").write_text("")
+    (root / "dangling").symlink_to(root / "not_mounted")
     (root / "text.pt").write_text("not a checkpoint")
     (root / "pickle.pt").write_bytes(pickle.dumps({"method": "vicreg"}))
     torch.save({"weights": torch.zeros(2)}, root / "foreign.pt")
@@ -100,6 +101,7 @@ BAD = [  # script, flags, words of the line
     ("vicreg", "--stacks 2", "--stacks"),
     ("vicreg", "--out {made}/a_file", "--out a_file"),
     ("vicreg", "--out {made}/a_file/run", "--out a_file"),
+    ("vicreg", FOLDER + "good --out {made}/dangling", "--out dangling"),
     ("sjea", "--stacks 0", "--stacks 0"),
     ("sjea", "--stacks two", "--stacks two"),
     ("sjea", "--projectors 101", "--projectors 101 2"),
@@ -109,6 +111,8 @@ BAD = [  # script, flags, words of the line
     ("sjea", "--dataset folder --data-dir {made}/nowhere", "--data-dir nowhere"),
     ("sjea", "--dataset folder --data-dir {made}/a_file", "--data-dir a_file"),
     ("sjea", "--dataset cifar10 --data-dir {made}/a_file", "--data-dir CIFAR10"),
+    ("sjea", "--dataset folder --data-dir " + 300 * "x", "--data-dir xxx"),
+    ("sjea", "--dataset cifar10 --data-dir " + 300 * "x", "--data-dir xxx"),
     ("sjea", FOLDER + "no_train", "--data-dir train"),
     ("sjea", FOLDER + "no_test", "--data-dir no_test test"),
     ("sjea", FOLDER + "no_classes", "--data-dir class"),
@@ -191,6 +195,16 @@ def refusal(script, argv, monkeypatch, capfd):
     assert stop.value.code == 2, error
     assert len(error.splitlines()) == 1 and error.startswith(f"{script}.py: ")
     return error
+
+
+def test_compile_without_a_compiler_is_refused(made, tmp_path, monkeypatch, capfd):
+    def fail(x):
+        raise RuntimeError("no working C++ compiler")
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    monkeypatch.chdir(tmp_path)
+    assert "--compile: torch.compile does not work on this machine: no working" in refusal(
+        "vicreg", [*FOLDER.format(made=made).split()[:-1], str(made / "good"), "--compile", "--out", "new"], monkeypatch, capfd)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_in_a_folder_named_like_a_flag(tmp_path, monkeypatch, made):

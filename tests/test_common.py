@@ -860,3 +860,8 @@ def test_the_memory_of_freed_tensors_is_kept():
     """A process that called keep_memory() still has a large tensor's memory after the tensor; one that did not has given it back."""
     resident = lambda call: float(subprocess.run([sys.executable, "-c", RESIDENT.format(call=call)], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert resident("") < 20 and 250 < resident("common.keep_memory()") < 280
+
+
+def test_batches_are_on_the_device_that_is_asked_for():
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    assert [batch.device.type for batch in common.load_batches(images, torch.arange(4).split(2), "meta")] == ["meta", "meta"]

@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import common
+import conftest
 import eval_linear
 
 
@@ -81,7 +82,6 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("method", ("sjea", "cjepa"))
 def test_a_run_ends_with_the_scores_of_its_checkpoint(method, tiny_run, monkeypatch, capsys):
     """The run hands over the features of its last epoch; alone, and from a resumed run without a step left, they are computed again."""
-    import conftest
     out = tiny_run(method, "--epochs", "2", "--eval-every", "1", "--optimizer", "adamw", "--lr", "0.05")
     scores = json.loads((out / "eval.json").read_text())
     logged = [json.loads(line)["knn"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -174,7 +174,6 @@ def test_the_readmes_lines_for_ones_own_code_give_the_features(tiny_run):
 
 @pytest.fixture
 def checkpoint(tiny_run, monkeypatch):
-    import conftest
     out = tiny_run("vicreg", "--epochs", "1")
     monkeypatch.setattr(common, "load_shapes", lambda args: conftest.tiny_shapes(args, 128, 64))
     return out / "checkpoint.pt"
@@ -227,6 +226,15 @@ def test_one_image_per_class_or_in_all(checkpoint):
     assert eval_linear.few_shot(x[:8], x_test[:5], y[:8], y_test[:5], 1) == {"mean": 1, "std": 0}
     with pytest.raises(common.Unusable, match="--shots: 1.5 is neither"):
         eval_linear.main([str(checkpoint), "--shots", "1.5"])
+
+
+def test_fine_tuning_trains_every_stack(tiny_run, monkeypatch):
+    """Of a run with --stop-gradient, too."""
+    model, args = eval_linear.load(tiny_run("sjea", "--epochs", "1", "--stop-gradient") / "checkpoint.pt")
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
+    before = {name: p.detach().clone() for name, p in model.f.named_parameters()}
+    eval_linear.train_classifier(model, ["1"], common.load_dataset(args), "shape", args, 2, 1e-3, frozen=False)
+    assert [name for name, p in model.f.named_parameters() if torch.equal(p, before[name])] == []
 
 
 def test_every_protocol_by_flag(checkpoint, capsys):

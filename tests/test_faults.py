@@ -398,6 +398,15 @@ def test_a_forged_checkpoint_is_refused(where, what, undisturbed, tmp_path):
             eval_linear.load(tmp_path / "checkpoint.pt")
 
 
+def test_a_checkpoint_of_weights_that_repeat_one_number_is_refused(undisturbed, tmp_path):
+    """The right shapes, but one number in the file for all of a weight."""
+    state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
+    state["model"] = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in state["model"].items()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.Unusable, match="its weights are not as"):
+        common.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
 def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(undisturbed, tmp_path):
     packed = tmp_path / "checkpoint.pt"
     with zipfile.ZipFile(undisturbed("vicreg") / "checkpoint.pt") as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,54 @@ def interrupted(method, argv):
     script(method, argv)
 
 
+def interrupted_and_slow(method, argv):
+    """As interrupted(), by a clock on which every step takes 5 s and more."""
+    clock = time.perf_counter
+    time.perf_counter = lambda: 1e5 * clock()
+    interrupted(method, argv)
+
+
+def test_slow_steps_end_soon_after_a_signal(tmp_path):
+    """Within the 30 s after which torchrun kills: at the next step, not at the 20th or the epoch's last, the 32nd."""
+    out = tmp_path / "run"
+    assert run(interrupted_and_slow, 2, "vicreg", small("vicreg", "--batch-size", "4", "--epochs", "1", "--out", str(out))) == [143, 143]
+    assert common.load_checkpoint(out / "checkpoint.pt")["step"] == 7
+
+
+SIGNALLED = """
+import os, signal, sys, time
+sys.path[:0] = ["tests", "."]
+import common, conftest, vicreg
+common.load_shapes = conftest.tiny_shapes
+learning_rate, fsync, saving = common.learning_rate, os.fsync, []
+
+def at_step(step, *rest):
+    if step == 6 and os.environ["RANK"] == "0":
+        saving.append(os.kill(os.getpid(), signal.SIGTERM))
+    return learning_rate(step, *rest)
+
+def slow(descriptor):
+    if saving and os.fstat(descriptor).st_size > 100_000:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)
+    fsync(descriptor)
+
+common.learning_rate, os.fsync = at_step, slow
+common.command_line(vicreg.main)
+"""
+
+
+def test_a_stopped_run_saves_before_torchrun_ends_it(tmp_path):
+    """The first process is slow to write and gets the signal twice, the second has nothing to write."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "signalled.py"),
+               *small("vicreg", "--batch-size", "32", "--epochs", "9", "--out", str(tmp_path / "run"))]
+    done = subprocess.run(command, cwd=Path(common.__file__).parent, capture_output=True, text=True)
+    assert "stopped after step 8 of 36; to go on: " in done.stderr, done.stderr
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 8
+    assert not (tmp_path / "run" / "checkpoint.pt.tmp").exists()
+
+
 @pytest.mark.parametrize("method", ("ijepa", "cjepa"))
 def test_a_run_stops_and_resumes_on_another_number_of_processes(method, tmp_path):
     """2 processes, a signal, 1, a signal, 4: the log and the scores are those of one that never stopped."""
@@ -187,6 +236,68 @@ def test_extraction_and_knn_are_shared(tmp_path):
     assert features.shape == (101, 64) and 0 < accuracy < 1
     for rank in range(3):
         assert_close(torch.load(tmp_path / f"3-{rank}.pt"), (features, test_features, accuracy), rtol=1e-5, atol=1e-5)
+
+
+def features_after_training_apart(folder):
+    """extract() where BN's statistics are other ones in each process."""
+    args = importlib.import_module("vicreg").arguments(small("vicreg"))
+    torch.manual_seed(0)
+    model = eval_linear.build(args).eval()
+    for buffer in model.buffers():
+        buffer += common.process()[0]
+    torch.save(common.extract(model, common.make_shapes(20, 32, 3)[0], args)["0"], folder / f"{common.process()[1]}-{common.process()[0]}.pt")
+
+
+def test_features_are_those_of_the_first_process(tmp_path):
+    for world in (1, 2):
+        assert run(features_after_training_apart, world, tmp_path) == [0] * world
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"2-{rank}.pt"), torch.load(tmp_path / "1-0.pt"), rtol=1e-5, atol=1e-5)
+
+
+class Download:
+    """Stands for torchvision's CIFAR10, which takes some time to download."""
+
+    def __init__(self, root, download):
+        if not (root / "archive").exists():
+            (root / "archive").write_text("half")
+            time.sleep(1)
+            (root / "archive").write_text("whole")
+            with open(root / "downloads", "a") as log:
+                log.write("one ")
+        if (root / "archive").read_text() != "whole":
+            raise RuntimeError("corrupted")
+
+
+def download(folder):
+    common.torchvision.datasets.CIFAR10 = Download
+    common.torchvision_dataset("CIFAR10", SimpleNamespace(data_dir=folder), download=True)
+
+
+def test_one_process_downloads_and_the_others_wait(tmp_path):
+    assert run(download, 3, tmp_path / "data") == [0, 0, 0]
+    assert (tmp_path / "data" / "downloads").read_text() == "one "
+
+
+def load_here(folder):
+    """eval_linear.load() of a checkpoint that is on the first machine alone."""
+    rank = int(os.environ["RANK"])
+    model, _ = eval_linear.load(folder / f"machine{rank}" / "checkpoint.pt", "cpu")
+    torch.save([p.detach() for p in model.parameters()], folder / f"{rank}.pt")
+
+
+def test_a_checkpoint_is_read_by_the_first_process_alone(tiny_run, tmp_path):
+    (tmp_path / "machine0").symlink_to(tiny_run("vicreg", "--epochs", "1"))
+    assert run(load_here, 2, tmp_path) == [0, 0]
+    assert all(torch.equal(p, q) for p, q in zip(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(common.Unusable, match="nproc_per_node: each process takes a GPU of its own, and this machine has 1"):
+        common.join_processes("cuda")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
