@@ -12,13 +12,14 @@ how they and the defaults differ from the paper. s_hat [B, M, Nt, D]: prediction
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
-with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1), so that collapse is not left to the EMA alone.
+with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). This is to guard against collapse beside the EMA;
+without one and with AdamW 0.001 is too little for that here, 0.1 is enough (README, "Break it and see").
 Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean squared difference;
 v, the variance: how far the spread of each dimension falls short of 1; c, the covariance: what dimensions have in common.
 As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their sum.
-This script was written from a review of the paper, which does not say which means of which views Z and Z' are. The
-choice here is ours: the mean predictions for the M blocks of an image, averaged over all pairs of blocks; --views
-target is the other reading, the mean prediction and the mean target.
+This script was written from a review of the paper, which does not say which means of which "augmented views" Z and Z' are.
+The choice here is ours: each image has one crop, and the views are the mean predictions for its M blocks, averaged over all
+pairs of blocks; --views target is the other reading, the mean prediction and the mean target.
 """
 import copy
 import itertools
@@ -93,8 +94,8 @@ def prediction_loss(s_hat, s, kind="smooth_l1"):
     s_hat, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s_hat, s))
     if kind == "l2":
         return (s_hat - s).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
-    ## Quadratic for errors below 1 and linear above. Its value says nothing about the features: it falls
-    ## fastest where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
+    ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
+    ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
     return F.smooth_l1_loss(s_hat, s)
 
 
@@ -124,8 +125,8 @@ def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
     ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
     ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128:
-    ## the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so the lower
-    ## rows are seldom seen by the context encoder.
+    ## the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so with four
+    ## blocks the lower rows are seldom seen by the context encoder.
     ## (The stable sort puts the True first, in their order.)
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
@@ -139,7 +140,7 @@ def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, targe
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would be an answer in the question. (On 8 x 8 patches the square is the whole
+    ## A context patch inside a target would give its answer away. (On 8 x 8 patches the square is the whole
     ## image: 7 x 7 would be less than 0.85 of it.)
     context.scatter_(1, targets.flatten(1), False)
     return first_true(context), targets                                   # I-JEPA masks: B_x
@@ -156,7 +157,7 @@ def rasterized_masks(batch_size, grid_size, generator=None):
 
 
 def block_masks(batch_size, grid_size, generator=None):
-    """One block of about 0.6 of the image is the target [B, 1, Nt], all the rest the context [B, N - Nt]."""
+    """One block of 0.55 to 0.65 of the image (the paper: 0.6) is the target [B, 1, Nt], all the rest the context [B, N - Nt]."""
     target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), ASPECT), grid_size, generator)
     return first_true(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
 
@@ -235,7 +236,7 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(2**62 + generator.initial_seed())         # the step's seed, shifted: other numbers than the crop's
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
     masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes: one Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
@@ -245,22 +246,23 @@ def training_step(model, images, args, generator):
         pairs = list(itertools.combinations(z.unbind(1), 2))              # of (Z, Z'), each [B, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## The M predictions of one image are views of it that no one had to design. s: their means agree, which each can only by
-    ## telling of the whole image. v: they differ between images. c: their dimensions say different things.
+    ## The M predictions of one image are views of it that no one had to design. s: their means agree, by telling of the whole
+    ## image or, without v, by being one constant. v: they differ between images. c: their dimensions say different things.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
     loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
     terms = {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
-    return loss, {"prediction": prediction, **terms}, {"target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
+    watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
+    return loss, {"prediction": prediction, **terms}, watched
 
 
 @torch.no_grad()
 def update_target(model, args, progress):
     """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1, or stays at 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and with AdamW both
-    ## drift towards a constant. The EMA slows this down, and so does Muon in the encoder. With a gradient through the
-    ## target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on
+    ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and both may drift
+    ## towards a constant, in our runs with AdamW, less with an EMA or with Muon in the encoder. With a gradient through
+    ## the target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on
     ## the number of steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at 1, as
-    ## published, freezes the target before a run of a few thousand steps has learned much.
+    ## published, holds the target up in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -288,12 +290,12 @@ def arguments(argv=None):
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
-    add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together (beside --loss l2, a sum, the same counts far less); 0 is I-JEPA")
+    add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together (with --loss l2, a sum, the same weight counts far less); 0 is I-JEPA")
     add("--beta-sim", type=number(float, 0), default=25.0, help="weight of s, the invariance term, among the three")
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': the mean predictions for an image's blocks, pairwise; or their mean and the mean target")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default (--recipe paper: 1.25e-4 with either)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
@@ -314,7 +316,7 @@ def arguments(argv=None):
 
 
 def check_grid(args):
-    """Raises Unusable where patches do not divide the image, heads not the predictor, or the masks find no targets or no context."""
+    """Raises Unusable where patches do not divide the image, the predictor's width suits neither heads nor positions, or masks may leave no context."""
     if args.image_size % args.patch_size:
         raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
     (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size

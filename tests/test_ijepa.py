@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 
+import cjepa
 import common
 import ijepa
 
@@ -231,6 +232,15 @@ def test_pixel_targets_are_normalised_patches():
     assert s_hat.shape[-1] == 48
     patch = y[1, :, 8:12, 20:24].flatten()                               # row 2, column 5
     assert torch.allclose(s_y[1, 2 * 8 + 5], (patch - patch.mean()) / patch.std(correction=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("script", (ijepa, cjepa))
+@pytest.mark.parametrize("target, watched", [("pixels", "pixels"), ("features", "target")])
+def test_what_is_watched_for_collapse_has_its_name(script, target, watched):
+    """Pixels cannot collapse: their spread is not that of the target encoder."""
+    args = script.arguments(SMALL + ["--target", target])
+    embeddings = script.training_step(script.JEPA(args), common.make_shapes(4, 32, 1)[0], args, torch.Generator().manual_seed(0))[2]
+    assert {name: z.shape[1] for name, z in embeddings.items()} == {watched: 48 if target == "pixels" else 96, "prediction": 48 if target == "pixels" else 96}
 
 
 @pytest.mark.parametrize("size, reference, patch", [("base", "vit_b_16", 16), ("large", "vit_l_16", 16), ("huge", "vit_h_14", 14)])
