@@ -262,7 +262,7 @@ def update_target(model, args, progress):
     ## towards a constant, in our runs with AdamW, less with an EMA or with Muon in the encoder. With a gradient through
     ## the target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on
     ## the number of steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at 1, as
-    ## published, holds the target up in a run of a few thousand steps.
+    ## published, slows the target down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA

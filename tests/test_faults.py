@@ -295,6 +295,16 @@ def test_out_of_memory_says_what_to_lower(tmp_path):
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 8
 
 
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_cudas_own_messages_count_as_out_of_memory(message, monkeypatch, capsys):
+    def main():
+        raise RuntimeError(message)
+    monkeypatch.setattr(sys, "argv", ["vicreg.py"])
+    with pytest.raises(SystemExit) as stop:
+        common.command_line(main)
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith("vicreg.py: out of memory")
+
+
 # ---- checkpoints from a stranger ----
 
 

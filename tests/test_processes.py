@@ -300,6 +300,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         common.join_processes("cuda")
 
 
+def test_a_judge_on_the_cpu_joins_by_gloo_where_there_is_a_gpu(tiny_run, monkeypatch):
+    path, joined = tiny_run("vicreg", "--epochs", "1") / "checkpoint.pt", []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for module, name, value in ((torch.cuda, "is_available", lambda: True), (torch.cuda, "device_count", lambda: 1), (torch.cuda, "set_device", lambda rank: None),
+                                (torch.cuda, "is_bf16_supported", lambda **options: False), (common.dist, "init_process_group", joined.append),
+                                (common.dist, "is_initialized", lambda: bool(joined)), (common.dist, "get_rank", lambda: 0),
+                                (common.dist, "get_world_size", lambda: 1), (common.dist, "broadcast_object_list", lambda box: None)):
+        monkeypatch.setattr(module, name, value)
+    eval_linear.load(path, "cpu")
+    assert joined == ["gloo"]
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert run(script, 3, "vicreg", small("vicreg", "--batch-size", "32", "--out", str(tmp_path / "run"))) == [2, 2, 2]
     assert not (tmp_path / "run").exists()
