@@ -337,11 +337,16 @@ def list_images(part, known):
 
 
 def free_memory(device):
-    """Bytes that are free on this machine and on the device that it computes with."""
+    """Bytes that are free on this machine, or allowed to this job (a container's or SLURM's, by cgroups), and on the device that it computes with."""
     try:
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError):              # not Linux: half of all is near enough
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError):
+        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip())
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):                            # no such file; "max": no limit
+                free = min(free, int((folder / "memory.max").read_text()))
     return min(free, torch.cuda.mem_get_info()[0]) if device == "cuda" else free
 
 

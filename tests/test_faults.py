@@ -622,6 +622,25 @@ def test_what_does_not_fit_in_memory_is_streamed(pictures, monkeypatch):
     assert 2**20 < common.free_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_a_jobs_limit_counts_as_its_memory(tmp_path, monkeypatch):
+    """The smallest memory.max of a process's cgroup and those around it, where there is one and it is less than what the machine has free."""
+    def put(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(common, "Path", lambda path: tmp_path / path.lstrip("/"))
+    put("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert common.free_memory("cpu") == 8000 * 1024
+    put("proc/self/cgroup", "4:memory:/elsewhere\n0::/job/step\n")
+    assert common.free_memory("cpu") == 8000 * 1024
+    put("sys/fs/cgroup/job/step/memory.max", "max\n")
+    assert common.free_memory("cpu") == 8000 * 1024
+    put("sys/fs/cgroup/job/memory.max", "5000000\n")
+    assert common.free_memory("cpu") == 5000000
+    put("sys/fs/cgroup/job/step/memory.max", "3000000\n")
+    assert common.free_memory("cpu") == 3000000
+
+
 def test_a_streamed_folder_is_listed_once(pictures, monkeypatch, capsys):
     """Its second start walks no folder; a new image, a new class and a damaged index are noticed; nothing is kept of a folder in memory."""
     walks, walk = [], os.walk

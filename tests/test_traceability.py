@@ -3,6 +3,7 @@ import ast
 import importlib.util
 import io
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -70,6 +71,14 @@ def test_readme_map_and_tags_agree():
     tagged = {(script, name, tag) for script in METHODS for name, line, comment in comments(ROOT / script) for tag in TAG.findall(comment)}
     assert mapped - tagged == set() and tagged - mapped == set()
     assert len(mapped) >= 10
+
+
+def test_readmes_first_table_is_the_run_it_names():
+    """What "Two commands" prints is what results/ holds of that run, digit for digit."""
+    scores = json.loads((ROOT / "results" / "sjea-shapes-eval.json").read_text())
+    printed = re.search(r"^level +linear.*\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.M).group(1)
+    assert printed.splitlines() == [f"{level:<13}" + "".join(f"{100 * value:{width}.1f}" for value, width in zip(row.values(), (20, 10, 10)))
+                                    for level, row in {**scores["levels"], **scores["baselines"]}.items()]
 
 
 def test_without_teaching_comments_the_program_is_the_same():
