@@ -162,6 +162,7 @@ def command_line(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        sys.stdout.flush()
     except Unusable as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -171,6 +172,11 @@ def command_line(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:                   # a full disk or a closed pipe behind stdout, say
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # what is left to print would fail again
+        print(f"{Path(sys.argv[0]).name}: {error}; what was saved is whole", file=sys.stderr)
+        sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):  # killed, in most cases for its memory or a small /dev/shm
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())} What was saved is whole.", file=sys.stderr)
@@ -409,7 +415,7 @@ def load_batches(images, index_batches, device):
             images, batch_sampler=(index.tolist() for index in index_batches), collate_fn=stack, num_workers=workers,
             pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator()):  # its own: else it draws from torch's
         if isinstance(batch, str):
-            raise RunFailed(f"{batch}; what was saved is whole. A new run with --skip-bad-images finds all such images first.")
+            raise RunFailed(f"{batch}; what was saved is whole. A new run with --skip-bad-images finds all such images first, if the index of an earlier one, *-index.npz, is removed.")
         yield batch.to(device, non_blocking=device == "cuda")
 
 
@@ -429,6 +435,8 @@ def leave_to_trainer(worker):
 def upright_rgb(image):
     """A PIL image of any mode as RGB, turned as its EXIF data says; the first frame of an animation."""
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
+        raise ValueError("its 32-bit pixels have no known range")
     if image.mode.startswith("I"):             # 16-bit grey, which convert() would clip to 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
@@ -751,7 +759,7 @@ class ViT(nn.Module):
         self.width, depth, heads = VITS[size]
         self.patch_size = patch_size
         self.embed = nn.Linear(3 * patch_size**2, self.width)
-        self.register_buffer("position", positions(image_size // patch_size, self.width), persistent=False)
+        self.register_buffer("position", positions(image_size // patch_size, self.width))
         self.blocks = nn.Sequential(*(Block(self.width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
         initialise(self)
@@ -783,8 +791,8 @@ class Block(nn.Module):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for [B, heads, N, d]; the fused kernel only where it is the faster one."""
-    if q.device.type == "cpu":
+    """softmax(q k^T / sqrt(d)) v for [B, heads, N, d]; the fused kernel where it is the faster one, and holds no [N, N]."""
+    if q.device.type == "cpu" and k.shape[2] < 512:
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -1062,7 +1070,7 @@ def train(args, model, training_step, data, after_step=None):
                 unread = []
             if not save:
                 continue
-            if not all(torch.isfinite(p).all() for p in model.parameters()):
+            if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
                 raise RunFailed(f"the weights are not finite after step {step}; what was saved is from before. Try a lower --lr.")
             seconds = time.perf_counter() - began
             if last:
@@ -1076,7 +1084,6 @@ def train(args, model, training_step, data, after_step=None):
                     row["knn"] = knn_by_level(*features, data)
                     features = features if step + 1 == steps else None     # while training goes on, the memory is its own
                 history.append(row)
-                report(row, args.epochs, history)
                 sums, seconds = [], 0.0
             state = {"method": args.method, "config": vars(args), "step": step + 1, "sums": sums, "seconds": seconds,
                      "history": history, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -1084,6 +1091,7 @@ def train(args, model, training_step, data, after_step=None):
             saved = time.monotonic()
             if last:
                 write_log(history, out)
+                report(row, args.epochs, history)
             if stop:
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
@@ -1256,7 +1264,8 @@ def write(path, save, keep=None):
             os.replace(path, keep)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:       # torch.save wraps the one in the other
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):                    # of a file system that has become read-only
+            aside.unlink(missing_ok=True)
         raise RunFailed(f"cannot write {path}: {error}; what was saved before is whole") from error
 
 
@@ -1349,7 +1358,11 @@ def extract(model, images, args):
                 features[level][done:done + len(y)] = y
         done += len(batch)
     model.train(training)
-    return {level: gather(y)[:len(images)] for level, y in features.items()}
+    features = {level: gather(y)[:len(images)] for level, y in features.items()}
+    for level, y in features.items():
+        if not torch.isfinite(y).all():
+            raise RunFailed(f"the features of level {level} are not finite: the run has diverged. Try a lower --lr.")
+    return features
 
 
 def knn_by_level(features, test_features, data):

@@ -39,8 +39,7 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
     """
     ## Published protocols train this layer with SGD and augmentation for 100 to 200 epochs. On fixed
     ## features the objective is convex, and a quasi-Newton solver is at its optimum in seconds.
-    mean, std = features.mean(0), features.std(0, correction=0) + 1e-6
-    x, x_test = (features - mean) / std, (test_features - mean) / std
+    x, x_test = standardised(features, test_features)
     y, y_test = labels.to(x.device), test_labels.to(x.device)
     classes = int(y.max()) + 1
     W = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)               # [classes, D]
@@ -55,6 +54,13 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
 
     solver.step(objective)
     return top1_top5(F.linear(x_test, W, b), y_test)
+
+
+def standardised(features, test_features):
+    """Both with mean 0 and deviation 1 of features [N, D] in each dimension; one that is constant there, and so tells nothing, is 0 in both."""
+    scale = features.std(0, correction=0) + 1e-6
+    scale[features.amax(0) == features.amin(0)] = torch.inf               # not by its deviation: a constant's mean, and so that, is off by a rounding
+    return [(x - features.mean(0)) / scale for x in (features, test_features)]
 
 
 def top1_top5(logits, y):
@@ -83,7 +89,7 @@ def few_shot(features, test_features, y, y_test, shots, draws=5):
     return {"mean": top1.mean().item(), "std": top1.std().item()}
 
 
-def within(features, test_features, y, y_test, sub, sub_test):
+def within(features, test_features, y, y_test, sub, sub_test, k=80, temperature=0.1):
     """How well sub-categories can be told apart inside each class, the mean over the classes of y.
 
     {"linear_top1", "knn_top1"}: accuracy, given the class, beside "chance_top1", the share of the largest
@@ -92,14 +98,13 @@ def within(features, test_features, y, y_test, sub, sub_test):
     """
     ## S-JEA claims that its higher stack holds sub-categories, and shows t-SNE maps. This measures it.
     rows = []
-    for c in y.unique():
+    for c in sorted(set(y.tolist()) & set(y_test.tolist())):
         train, test = (y == c).to(features.device), (y_test == c).to(features.device)
         names, s = sub[y == c].unique(return_inverse=True)
         s_test = torch.searchsorted(names, sub_test[y_test == c])
         x, x_test = features[train], test_features[test]
-        scores = judge(x, x_test, s, s_test, k=min(80, len(x) // len(names)))
-        scaled = ((x_test - x.mean(0)) / (x.std(0, correction=0) + 1e-6)).cpu().numpy()
-        clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(scaled)
+        scores = judge(x, x_test, s, s_test, min(k, len(x) // len(names)), temperature)
+        clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(standardised(x, x_test)[1].cpu().numpy())
         shuffled = np.random.default_rng(0).permuted(np.tile(clusters, (20, 1)), axis=1)
         rows.append({"linear_top1": scores["linear_top1"], "knn_top1": scores["knn_top1"],
                      "chance_top1": s_test.bincount().max().item() / len(s_test),
@@ -123,7 +128,7 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
         blank = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
         width = {level: model.representations(blank)[level].shape[1] for level in levels}
     torch.manual_seed(args.seed)
-    heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width[level], affine=False), nn.Linear(width[level], int(y.max()) + 1))
+    heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width[level], affine=False, momentum=None if frozen else 0.1), nn.Linear(width[level], int(y.max()) + 1))
                           for level in levels).to(args.device)
     model.requires_grad_(not frozen)
     if frozen:
@@ -166,7 +171,7 @@ def arguments(argv=None):
     add("--augmented", type=number(int, 1), metavar="EPOCHS", help="the papers' linear protocol: SGD on new crops and flips for so many epochs")
     add("--fine-tune", type=number(int, 1), metavar="EPOCHS", help="train the whole encoder on the labels")
     add("--supervised", type=number(int, 1), metavar="EPOCHS", help="the same from scratch: the ceiling of this network and recipe")
-    add("--k", type=number(int, 1), default=80, help="neighbours that vote in k-NN")
+    add("--k", type=number(int, 1), default=80, help="neighbours that vote in k-NN; inside a class at most its images per sub-category")
     add("--temperature", type=number(float, 1e-3), default=0.1, help="a vote counts exp(cosine similarity / temperature)")
     add("--data-dir", help="where the dataset lies now (default: where it lay in training)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -282,7 +287,7 @@ def main(argv=None, data=None, features=None):
         result.setdefault("few_shot", {})[name] = {level: few_shot(*pair, *y[labels[0]], shots) for level, pair in features.items()}
         table(f"{labels[0]} from {name}, linear top-1, 5 draws", ("mean %", "std %"), result["few_shot"][name])
     for sub in (options.within or ())[1:]:
-        result.setdefault("within", {})[sub] = {level: within(*pair, *y[options.within[0]], *y[sub]) for level, pair in features.items()}
+        result.setdefault("within", {})[sub] = {level: within(*pair, *y[options.within[0]], *y[sub], options.k, options.temperature) for level, pair in features.items()}
         table(f"{sub} inside each {options.within[0]}", ("linear top-1 %", "k-NN %", "largest share %", "NMI %", "NMI, chance %", "Rand %"), result["within"][sub])
     for name, epochs, lr, start in (("augmented", options.augmented, 0.1, model), ("fine_tune", options.fine_tune, 1e-3, model),
                                     ("supervised", options.supervised, 1e-3, None)):

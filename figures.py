@@ -44,7 +44,7 @@ class Run:
 
     @property
     def name(self):
-        return self.path.parent.name
+        return self.path.resolve().parent.name
 
 
 def load_run(path, options, shared=None):
@@ -227,7 +227,7 @@ def predictions(runs):
     context, targets = (m[:n].to(run.args.device) for m in script.draw_masks(run.args, run.args.batch_size, torch.Generator().manual_seed(1)))
     s_hat, _ = run.model(scale(run.images[:n]), context, targets)                           # [n, M, Nt, D]
     others = run.images[n:n + 500]             # never the image itself
-    bank = torch.nn.functional.layer_norm(run.model.target_encoder(scale(others)), s_hat.shape[-1:]).flatten(0, 1)
+    bank = torch.nn.functional.layer_norm(torch.cat([run.model.target_encoder(scale(part)) for part in others.split(50)]), s_hat.shape[-1:]).flatten(0, 1)
     pixels = common.patches(others.float(), p).flatten(0, 1)                                # [500 N, 3 p p]
     figure, axes = panels(3, n, 1.6)
     for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):

@@ -140,7 +140,7 @@ class Predictor(nn.Module):
         super().__init__()
         d, heads = args.predictor_width, common.VITS[args.vit][2]
         self.embed, self.mask_token = nn.Linear(D, d), nn.Parameter(torch.empty(d).normal_(std=0.02))
-        self.register_buffer("position", common.positions(args.image_size // args.patch_size, d), persistent=False)
+        self.register_buffer("position", common.positions(args.image_size // args.patch_size, d))
         self.blocks = nn.Sequential(*(common.Block(d, heads) for _ in range(args.predictor_depth)))
         self.norm, self.project = nn.LayerNorm(d, eps=1e-6), nn.Linear(d, out_features)
         common.initialise(self)

@@ -38,6 +38,16 @@ def test_linear_probe_equals_scikit_learn():
     assert top5 == pytest.approx(hits.any(1).float().mean().item(), abs=0.002)
 
 
+def test_a_constant_feature_changes_nothing():
+    """Grey levels whose means round, constant in train and another constant in test: no classifier and no clustering sees them."""
+    (x, y), (x_test, y_test) = blobs(1, 999, classes=3), blobs(2, 500, classes=3)
+    grey = torch.arange(1, 200) / 255
+    more, more_test = torch.cat([x, grey.expand(999, -1)], 1), torch.cat([x_test, grey.expand(500, -1) + 1 / 255], 1)
+    assert eval_linear.linear_probe(more, y, more_test, y_test) == pytest.approx(eval_linear.linear_probe(x, y, x_test, y_test), abs=0.005)
+    found, expected = (eval_linear.within(*pair, y * 0, y_test * 0, y, y_test) for pair in ((more, more_test), (x, x_test)))
+    assert [found[name] for name in ("linear_top1", "nmi", "rand")] == pytest.approx([expected[name] for name in ("linear_top1", "nmi", "rand")], abs=0.005)
+
+
 def test_probe_reads_only_train():
     """Labels that say nothing about the features give chance on test."""
     generator = torch.Generator().manual_seed(9)
@@ -155,6 +165,16 @@ def test_within_equals_scikit_learn_class_by_class():
     assert found["nmi"] == pytest.approx(np.mean(nmi), abs=0.03) and found["rand"] == pytest.approx(np.mean(rand), abs=0.03)
 
 
+def test_within_votes_as_it_is_told_and_leaves_out_a_class_without_test_images():
+    (x, sub), (x_test, sub_test) = blobs(3, 300, classes=4), blobs(4, 200, classes=4)
+    y, y_test = torch.arange(300) % 3, torch.arange(200) % 2                                # no class 2 in test
+    scores = {k: eval_linear.within(x, x_test, y, y_test, sub, sub_test, k=k)["knn_top1"] for k in (1, 80)}
+    for k, neighbours in ((1, 1), (80, 25)):                                                # 100 images of a class, 4 sub-categories
+        nearest = [common.knn(x[y == c], sub[y == c], x_test[y_test == c], sub_test[y_test == c], neighbours) for c in (0, 1)]
+        assert scores[k] == pytest.approx(np.mean(nearest))
+    assert scores[1] != scores[80]
+
+
 # ---- protocols that train ----
 
 
@@ -194,6 +214,17 @@ def test_the_papers_linear_protocol_reaches_the_convex_optimum(checkpoint, monke
     best = eval_linear.linear_probe(features, data.train_labels["shape"], features, data.train_labels["shape"])[0]
     assert best > 0.3 and sgd == pytest.approx(best, abs=0.08)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_one_step_of_the_linear_protocol_standardises_by_what_it_saw():
+    """Features far from 0 and one batch: its own mean and deviation, not a tenth of the way there from 0 and 1."""
+    class Brightness(torch.nn.Module):
+        def representations(self, x):
+            return {"0": x.mean((1, 2, 3))[:, None] + 100}
+    x = torch.arange(64).repeat_interleave(3 * 8 * 8).view(64, 3, 8, 8).to(torch.uint8) + 96
+    y = {"class": (torch.arange(64) >= 32).long()}
+    args = eval_linear.importlib.import_module("vicreg").arguments(["--image-size", "8", "--device", "cpu", "--precision", "fp32"])
+    assert eval_linear.train_classifier(Brightness(), ["0"], common.Dataset(x, x, y, x, y), "class", args, 1, 1.0, frozen=True)["0"][0] > 0.9
 
 
 def test_fine_tuning_changes_the_encoder_and_fits_what_it_is_shown(checkpoint, monkeypatch):

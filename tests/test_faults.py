@@ -38,10 +38,10 @@ def flags(method, out, *more):
     return ["--batch-size", "16", "--precision", "fp32", "--device", "cpu", "--epochs", "3", "--eval-every", "0", *small, "--out", str(out), *more]
 
 
-def start(method, argv, at_step=None, error=os.devnull):
-    """METHOD.py in a process of its own, on 128 images, stderr in the file `error`; at_step(step) is called in every step."""
+def start(method, argv, at_step=None, error=os.devnull, output=os.devnull):
+    """METHOD.py in a process of its own, on 128 images, stdout and stderr in the files `output` and `error`; at_step(step) is called in every step."""
     torch.set_num_threads(1)                                               # two such processes would wait for each other
-    sys.argv, sys.stdout, sys.stderr = [f"{method}.py", *argv], open(os.devnull, "w"), open(error, "w")
+    sys.argv, sys.stdout, sys.stderr = [f"{method}.py", *argv], open(output, "w"), open(error, "w")
     common.load_shapes, eval_linear.main = conftest.tiny_shapes, lambda *args: None
     if at_step:
         learning_rate = common.learning_rate
@@ -49,10 +49,10 @@ def start(method, argv, at_step=None, error=os.devnull):
     common.command_line(importlib.import_module(method).main)
 
 
-def run(method, argv, at_step=None):
+def run(method, argv, at_step=None, output=os.devnull):
     """The exit code of METHOD.py and what it last wrote on stderr."""
     with tempfile.NamedTemporaryFile("r", newline="") as error:
-        process = processes.Process(target=start, args=(method, argv, at_step, error.name))
+        process = processes.Process(target=start, args=(method, argv, at_step, error.name, output))
         process.start()
         process.join()
         return process.exitcode, error.read().replace("\r", "\n").strip()
@@ -224,6 +224,36 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path):
         assert_equal_runs(tmp_path / "run", undisturbed("vicreg"))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_output_that_cannot_be_written_ends_in_one_line(undisturbed, tmp_path):
+    """stdout on a full disk: every epoch is saved before it is reported."""
+    code, error = run("vicreg", flags("vicreg", tmp_path / "run"), output="/dev/full")
+    assert code == 1 and error.splitlines()[-1] == "vicreg.py: [Errno 28] No space left on device; what was saved is whole" and "Traceback" not in error
+    assert run("vicreg", flags("vicreg", tmp_path / "run", "--resume"))[0] == 0
+    assert_equal_runs(tmp_path / "run", undisturbed("vicreg"))
+
+
+def test_a_file_system_that_becomes_read_only_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    common.write(tmp_path / "file", lambda file: file.write(b"old"))
+    def read_only(*args, **more):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(common.os, "replace", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(common.RunFailed, match="cannot write .*file: .*Read-only"):
+        common.write(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_run_that_diverged_without_overflow_is_not_judged(undisturbed):
+    """Finite weights whose features are not: one line, where k-NN and probe would give numbers or a traceback."""
+    model, args = eval_linear.load(undisturbed("vicreg") / "checkpoint.pt")
+    images = conftest.tiny_shapes(args).test_images
+    common.extract(model, images, args)
+    for p in model.f.parameters():
+        p.data.fill_(1e30)
+    with pytest.raises(common.RunFailed, match="features of level 0 are not finite"):
+        common.extract(model, images, args)
 
 
 def copy_of(folder, to, *names):
@@ -503,6 +533,15 @@ def test_nothing_but_bad_images_is_refused(tmp_path):
     (root / "train" / "cat" / "good.png").write_bytes(b"")
     with pytest.raises(common.Unusable, match="not one of the 1 images"):
         load_folder(root, "--skip-bad-images")
+
+
+@pytest.mark.parametrize("pixels", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 10**6, np.int32)])
+def test_pixels_of_an_unknown_range_are_refused(pixels, tmp_path):
+    """A TIFF of floats or of 32-bit integers has no brightness that all agree on: better no image than a black one."""
+    root = folder_of(tmp_path / "data")
+    (root / "train" / "cat" / "b.tif").write_bytes(encoded(Image.fromarray(pixels), "tiff"))
+    with pytest.raises(common.Unusable, match="cannot read the image .*b.tif: its 32-bit pixels"):
+        load_folder(root)
 
 
 GREY = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)

@@ -1,4 +1,5 @@
 """ijepa.py: masks, a slow reference of the whole step in float64, the EMA, encoder sizes, a resumed run."""
+import itertools
 import json
 import math
 import subprocess
@@ -261,9 +262,14 @@ def test_features_of_all_patches_equal_those_of_their_index_set():
     assert torch.allclose(common.take(encoder(x), order), encoder(x, order), atol=1e-5)
 
 
-def test_attention_paths_agree(monkeypatch):
-    q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
-    assert torch.allclose(common.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
+@pytest.mark.parametrize("N", [9, 600])
+def test_attention_equals_its_definition_token_by_token(N):
+    """By either path: softmax(q k^T / sqrt(d)) v in float64."""
+    q, k, v = torch.randn(3, 2, 4, N, 16).unbind()
+    found = common.attention(q, k, v)
+    for b, h, i in itertools.product(range(2), range(4), (0, N // 2, N - 1)):
+        weights = torch.tensor([math.exp(q[b, h, i].double().dot(k[b, h, j].double()) / 4) for j in range(N)], dtype=torch.float64)
+        assert torch.allclose(found[b, h, i].double(), (weights / weights.sum()) @ v[b, h].double(), atol=1e-5)
 
 
 # ---- whole runs ----
