@@ -118,14 +118,19 @@ def parse(parser, argv=None):
     args.out = args.out or f"runs/{args.method}-{args.dataset}"
     if args.warmup_epochs > args.epochs:
         raise Unusable(f"argument --warmup-epochs: {args.warmup_epochs} is more than the {args.epochs} epochs of the run")
-    try:
-        existing = next(path for path in (Path(args.out), *Path(args.out).absolute().parents) if path.exists())
-    except OSError as error:
-        raise Unusable(f"argument --out: {error}") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise Unusable(f"argument --out: {existing} is not a folder that can be written to")
+    check_writable(args.out, "argument --out")
     join_processes(args.device)
     return args
+
+
+def check_writable(folder, what):
+    """Raise Unusable, a line that begins with `what`, where no file can be put into `folder`, which need not be there yet."""
+    try:
+        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    except OSError as error:
+        raise Unusable(f"{what}: {error}") from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise Unusable(f"{what}: {existing} is not a folder that can be written to")
 
 
 def pick_device(name):

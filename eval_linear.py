@@ -13,6 +13,7 @@ the papers do, on a new crop and flip of every image in every epoch. Writes eval
 """
 import importlib
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,7 @@ def load(path, device="auto", data_dir=None):
     state = common.from_first(common.load_checkpoint(path) if common.process()[0] == 0 else None)    # the others may be on other machines
     if state["method"] not in MODELS:
         raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)}")
-    config = {**state["config"], "device": device, "out": str(path.parent), "resume": False}
+    config = {**state["config"], "device": device, "out": tempfile.gettempdir(), "resume": False}    # out: the checkpoint's own folder may be read-only
     if data_dir:
         config["data_dir"] = data_dir
     script = importlib.import_module(state["method"])
@@ -244,6 +245,7 @@ def main(argv=None, data=None, features=None):
     """Judge the checkpoint that argv names; data and features: its dataset and what common.train returned, where the caller has them."""
     options = arguments(argv)
     model, args = load(options.checkpoint, options.device, options.data_dir)
+    common.check_writable(options.checkpoint.parent, "eval.json goes beside the checkpoint")
     for flag in ("augmented", "fine_tune", "supervised"):
         if getattr(options, flag) and common.process()[1] > 1:
             raise common.Unusable(f"argument --{flag.replace('_', '-')}: trains in one process; run it without torchrun")

@@ -320,10 +320,11 @@ def arguments(argv=None):
 
 def main(argv=None):
     options = arguments(argv)
+    folder = options.checkpoints[0].parent
+    common.check_writable(folder, "figures go beside the first checkpoint")
     runs = []
     for path in options.checkpoints:
         runs.append(load_run(path, options, shared=runs[0] if runs else None))
-    folder = options.checkpoints[0].parent
     for name in [options.only] if options.only else (*FIGURES, "index"):
         if name == "index":
             page = explorer(runs[0])

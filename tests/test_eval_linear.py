@@ -175,6 +175,19 @@ def test_within_votes_as_it_is_told_and_leaves_out_a_class_without_test_images()
     assert scores[1] != scores[80]
 
 
+def test_a_checkpoint_in_a_read_only_folder_is_loaded_and_not_judged(tiny_run, monkeypatch, capsys):
+    """One's own code reads it; what writes beside it says so before it computes."""
+    import figures
+    path, access = tiny_run("vicreg", "--epochs", "1") / "checkpoint.pt", common.os.access
+    monkeypatch.setattr(common.os, "access", lambda folder, mode: Path(folder) != path.parent and access(folder, mode))
+    eval_linear.load(path)
+    monkeypatch.setattr(common, "extract", lambda *args: pytest.fail("features were computed"))
+    for main in (eval_linear.main, figures.main):
+        monkeypatch.setattr(figures, "load_run", lambda *args, **more: None)
+        with pytest.raises(common.Unusable, match="beside the .*checkpoint: .* is not a folder that can be written to"):
+            main([str(path)])
+
+
 # ---- protocols that train ----
 
 
