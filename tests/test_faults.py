@@ -438,6 +438,15 @@ def test_a_forged_checkpoint_is_refused(where, what, undisturbed, tmp_path):
             eval_linear.load(tmp_path / "checkpoint.pt")
 
 
+def test_a_jepa_of_a_forged_image_size_is_refused(undisturbed, tmp_path):
+    """Its weights fit any number of patches; their positions, which would take the memory, are in the checkpoint, too."""
+    state = torch.load(undisturbed("cjepa") / "checkpoint.pt", weights_only=True)
+    state["config"]["image_size"] = 1024
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.Unusable, match="its weights are not those of the encoder it names"):
+        eval_linear.load(tmp_path / "checkpoint.pt")
+
+
 def test_a_checkpoint_of_weights_that_repeat_one_number_is_refused(undisturbed, tmp_path):
     """The right shapes, but one number in the file for all of a weight."""
     state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
