@@ -40,7 +40,7 @@ def invariance(z_1, z_2):
 
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
-    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
+    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point: collapse.
     return F.mse_loss(z_1, z_2)                                           # VICReg Eq. (5), over n * d
 
 
@@ -49,8 +49,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
-    ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
+    ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -61,7 +61,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank in the log.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank fall in the log.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -72,13 +72,12 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name as they enter it.
+    a scalar, and the three unweighted terms by name.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25
-        ## belongs, take the mean; with the sum it would weigh twice as much as it did there.
+        ## The mean of both, not the papers' sum: mu = 25 belongs to it. With the sum the term would weigh twice as much.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -233,7 +232,7 @@ class JEPA(nn.Module):
 
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed

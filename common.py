@@ -848,11 +848,14 @@ def join_processes(device):
     """Join the processes that torchrun started, if it did; on CUDA each takes a GPU of its own."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device == "cuda":
-            rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if rank >= gpus:
                 raise Unusable(f"torchrun's --nproc_per_node: each process takes a GPU of its own, and this machine has {gpus}")
             torch.cuda.set_device(rank)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except ValueError as error:            # RANK is set, by a cluster say, and the rest is not
+            raise Unusable(f"environment variable RANK: start several processes by torchrun, or unset it ({error})") from error
 
 
 def process():
@@ -1030,7 +1033,7 @@ def train(args, model, training_step, data, after_step=None):
     with claimed(out, args.resume), stop_signals() as signals, \
             tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
         if args.resume:
-            first, sums, seconds, history = restore(args, model, optimizer, per_epoch)
+            first, sums, seconds, history = restore(args, model, optimizer, len(data.images))
         config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
         write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         if history:
@@ -1090,7 +1093,7 @@ def train(args, model, training_step, data, after_step=None):
                     features = features if step + 1 == steps else None     # while training goes on, the memory is its own
                 history.append(row)
                 sums, seconds = [], 0.0
-            state = {"method": args.method, "config": vars(args), "step": step + 1, "sums": sums, "seconds": seconds,
+            state = {"method": args.method, "config": vars(args), "images": len(data.images), "step": step + 1, "sums": sums, "seconds": seconds,
                      "history": history, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             write(newest, lambda file: torch.save(state, file), keep=previous)
             saved = time.monotonic()
@@ -1179,12 +1182,12 @@ def stop_signals():
             signal.signal(each, handler)
 
 
-def restore(args, model, optimizer, per_epoch):
+def restore(args, model, optimizer, images):
     """Load the checkpoint in args.out into model and optimizer. Returns step, sums, seconds and history.
 
-    Falls back on the checkpoint before, and says so. Raises Unusable where neither can be used.
+    images: how many there are to train on. Falls back on the checkpoint before, and says so. Raises Unusable where neither can be used.
     """
-    out = Path(args.out)
+    out, per_epoch = Path(args.out), images // args.batch_size
     path, previous = (out / name for name in CHECKPOINTS)
     state = damage = None
     if process()[0] == 0:
@@ -1198,6 +1201,8 @@ def restore(args, model, optimizer, per_epoch):
     for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "stream", "resume"}):
         if state["config"][name] != getattr(args, name, None):
             raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
+    if state.get("images", images) != images:
+        raise Unusable(f"argument --data-dir: {images} images to train on, but the run in {out} was started with {state['images']}")
     moments = state["optimizer"].get("state")
     try:
         model.load_state_dict(state["model"])

@@ -186,7 +186,7 @@ class JEPA(nn.Module):
 
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed

@@ -5,32 +5,34 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
     python sjea.py --stacks 2 --dataset stl10
 
-A second encoder reads the *map* of the first, before pooling, and each stack has its own VICReg loss.
-In z0_1, the 0 is the stack and the 1 the view. f1, h1 of the paper's Algorithm 1 (f_theta, h_theta of its section 3) are
-f[0], h[0] here, f2, h2 (f_xi, h_xi) are f[1], h[1]; h is its "expander". Pooling, which section 3.2 describes, is written out:
+A second encoder reads the *map* of the first, before pooling, and each stack has its own VICReg loss. In z0_1 the 0 is the
+stack and the 1 the view. For both views x_k, k = 1, 2, of a batch of n = B images:
 
-    y0 = f[0](x)   map [B, C, m, m]     z0 = h[0](pool(y0))   embeddings [B, d]     loss0 = l(z0_1, z0_2)
-    y1 = f[1](y0)  map [B, C, m', m']   z1 = h[1](pool(y1))                         loss1 = l(z1_1, z1_2)
+    y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
+    y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
+    loss = loss0 + loss1; each flows back through its own stack and all below, in one step
 
-    Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]   in each stack
-             loss = loss0 + loss1; each flows back through its own stack and all below, in one step
+In the paper f[0], h[0] are f1, h1 (Algorithm 1) or f_theta, h_theta (section 3), f[1], h[1] are f2, h2 or f_xi, h_xi; h is the
+"projector" or "expander". Pooling stands in section 3.2. C is 512 at width 64; at 32 px, m = 4 and m' = 1. The loss l of a stack:
 
-C is 512 at width 64; at 32 px, m = 4 and m' = 1. The terms are VICReg's; Algorithm 1's i_loss is s, its v_loss and c_loss
-are the sums in brackets:
+    Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
-    s(Z, Z') = 1/n  sum_i ||z_i - z'_i||^2                      the two views agree           VICReg Eq. (5)
-    v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))          every dimension is spread     VICReg Eq. (1), (2)
-    c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                        no two say the same           VICReg Eq. (3), (4)
+    i_loss   s(Z_1, Z_2) = 1/n  sum_i ||z_1i - z_2i||^2          the views agree                 VICReg Eq. (5), here over n d
+    v_loss   v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), here halved
+    c_loss   c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Beside the paper: as in its authors' code, s is also divided by d, and the variance term is halved. Algorithm 1 prints
+Both "here" are in VICReg's and S-JEA's authors' codes, to which the coefficients (25, 25, 1) belong. Algorithm 1 prints
 y1_1 = f2(y1_1), a slip for f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default.
 Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell at 32 px), and so
-does every later stack: at width 64, with a projector 256-256-256 on each, two stacks have 23.16 M parameters (Table 2: 23.2,
-which is twice its 11.6), one 11.43. With --stacks 1 the trained weights are those of vicreg.py, bit for bit.
-The default settings suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, a projector on each stack, on
-shapes crops of 0.8 and more. The paper's are --dataset cifar10 --width 64 --nu 1 --epochs 200 --projectors 10: Algorithm 1
-has h2, but Table 1's figures are those of Table 3's column without it. Its authors' code has Adam at 1e-3, here
---optimizer adamw --batch-size 128 --lr 0.002, since --lr is the rate for a batch of 256; decay, warm-up and cosine are ours.
+does every later stack. With --stacks 1 the trained weights are those of vicreg.py, bit for bit.
+
+The paper's setting with its authors' code's optimizer, Adam at 1e-3 (--lr is the rate for a batch of 256), is
+
+    python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
+
+--projectors 10 because Table 1's figures are those of Table 3's column with h1 and without h2. The projector's widths are the
+authors' code's; weight decay, warm-up and cosine are ours. It has 23.16 M parameters with both projectors, one stack 11.43 M
+(Table 2: 23.2 and 11.6). The defaults suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, on shapes crops of 0.8 or more.
 """
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ def invariance(z_1, z_2):
 
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
-    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
+    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point: collapse.
     return F.mse_loss(z_1, z_2)                                           # VICReg Eq. (5), over n * d
 
 
@@ -57,8 +59,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
-    ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
+    ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -69,7 +71,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank in the log.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank fall in the log.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -80,13 +82,12 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name as they enter it.
+    a scalar, and the three unweighted terms by name.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25
-        ## belongs, take the mean; with the sum it would weigh twice as much as it did there.
+        ## The mean of both, not the papers' sum: mu = 25 belongs to it. With the sum the term would weigh twice as much.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -99,7 +100,7 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
     """
     ## Here both of VICReg's regularisers live in one matrix, *across* the views: its diagonal at 1 asks for agreement and
-    ## for spread, the rest at 0 for dimensions that say different things. S-JEA's paper expects stacking to serve other bases, too, and tries none.
+    ## for spread, the rest at 0 for dimensions that say different things.
     with torch.autocast(z_1.device.type, enabled=False):
         z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
         C = z_1.T @ z_2 / len(z_1)                                        # Barlow Twins Eq. (2)  [d, d]
@@ -136,15 +137,15 @@ class SJEA(nn.Module):
         """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, C, m, m]."""
         y, ys = x, []
         for f in self.f:
-            ## Nothing is resized or pooled between stacks: stack 1 sees where in the image y0 found
-            ## what. With --stop-gradient, proposed in section 4.3, loss1 cannot reshape y0, and stack 0 is plain VICReg.
-            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0 = f1(x), y1 = f2(y0)
+            ## Nothing is pooled or resized between stacks: stack 1 sees where in the image y0 found what.
+            ## With --stop-gradient, proposed in section 4.3, loss1 cannot reshape y0, and stack 0 is plain VICReg.
+            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0_k = f1(x_k), y1_k = f2(y0_k)
             ys.append(y)
         return ys
 
     def forward(self, x_1, x_2):
         """Two views [B, 3, H, W] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d], without a projector [B, C]."""
-        return [(h(pool(y_1)), h(pool(y_2)))                              # S-JEA Algorithm 1: z0 = h1(y0), z1 = h2(y1)
+        return [(h(pool(y_1)), h(pool(y_2)))                              # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
                 for h, y_1, y_2 in zip(self.h, self.maps(x_1), self.maps(x_2))]
 
     def representations(self, x):
@@ -156,10 +157,10 @@ class SJEA(nn.Module):
 
 
 def transformations(args):
-    """(t_1, t_2): the distributions of the two views, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
+    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
-        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
+        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
     ## VICReg's two views differ: above 64 px the first is always blurred, the second rarely; that one is at times solarized.
@@ -167,7 +168,7 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
@@ -178,7 +179,7 @@ def training_step(model, x, args, generator):
                            else barlow_twins_loss(z_1, z_2))
         loss = loss + args.stack_weights[stack] * loss_k                  # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_k.items()}
-        embeddings[str(stack)] = z_1                                      # for the log's effective rank, which one view tells
+        embeddings[str(stack)] = z_1                                      # for the log's effective rank; one view is enough
     return loss, terms, embeddings
 
 
@@ -199,11 +200,12 @@ def arguments(argv=None):
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 was chosen with AdamW, for a small d)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), for batches above 256")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
+    # An optimizer has a rate and a decay of its own, for which argv is read ahead.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
     args = common.parse(parser, argv)

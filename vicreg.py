@@ -38,7 +38,7 @@ def invariance(z_1, z_2):
 
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
-    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point.
+    ## Alone, with the weights of the other two at 0, it is minimised by sending every image to one point: collapse.
     return F.mse_loss(z_1, z_2)                                           # VICReg Eq. (5), over n * d
 
 
@@ -47,8 +47,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. The square root matters: the
-    ## gradient of the variance itself fades with the spread, that of S only where the spread is below sqrt(eps) = 0.01.
+    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
+    ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -59,7 +59,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank in the log.
+    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank fall in the log.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -70,13 +70,12 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name as they enter it.
+    a scalar, and the three unweighted terms by name.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The papers print the sum of the two views' variances. Their authors' codes, to which mu = 25
-        ## belongs, take the mean; with the sum it would weigh twice as much as it did there.
+        ## The mean of both, not the papers' sum: mu = 25 belongs to it. With the sum the term would weigh twice as much.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -117,10 +116,10 @@ class VICReg(nn.Module):
 
 
 def transformations(args):
-    """(t_1, t_2): the distributions of the two views, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
+    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
-        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2
+        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
     ## VICReg's two views differ: above 64 px the first is always blurred, the second rarely; that one is at times solarized.
@@ -128,7 +127,7 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
@@ -149,11 +148,12 @@ def arguments(argv=None):
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 was chosen with AdamW, for a small d)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), for batches above 256")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
+    # An optimizer has a rate and a decay of its own, for which argv is read ahead.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
     args = common.parse(parser, argv)

@@ -300,6 +300,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         common.join_processes("cuda")
 
 
+def test_a_rank_without_torchrun_is_refused(monkeypatch):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(common.Unusable, match="environment variable RANK: start several processes by torchrun, or unset it"):
+        common.join_processes("cpu")
+
+
 def test_a_judge_on_the_cpu_joins_by_gloo_where_there_is_a_gpu(tiny_run, monkeypatch):
     path, joined = tiny_run("vicreg", "--epochs", "1") / "checkpoint.pt", []
     monkeypatch.setenv("RANK", "0")

@@ -177,6 +177,14 @@ def test_resume_refuses_other_settings(tiny_run):
         tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
 
 
+def test_resume_refuses_another_number_of_images(tiny_run, monkeypatch):
+    """Even of less than a batch, which leaves the number of steps as it was, but not the order of the images."""
+    out = tiny_run("vicreg", "--epochs", "2", stop_after=1)
+    monkeypatch.setattr("conftest.tiny_shapes.__defaults__", (130, 64))
+    with pytest.raises(common.Unusable, match="--data-dir: 130 images to train on, but the run .* was started with 128"):
+        tiny_run("vicreg", "--epochs", "2", "--resume", out=out)
+
+
 def test_one_direction_is_a_collapse_and_two_are_not(capsys):
     """The warning by the number of directions that embeddings have, each of variance 1, and once for a level that stays there."""
     z = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
