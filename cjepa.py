@@ -12,14 +12,14 @@ how they and the defaults differ from the paper. s_hat [B, M, Nt, D]: prediction
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
-with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). This is to guard against collapse beside the EMA;
-without one and with AdamW 0.001 is too little for that here, 0.1 is enough (README, "Break it and see").
-Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean squared difference;
+with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). v and c are to guard against collapse beside the EMA,
+s to get the mean of the patches right. Without an EMA and with AdamW 0.001 is too little here, 0.1 is enough (README, "Break it
+and see"). Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean squared difference;
 v, the variance: how far the spread of each dimension falls short of 1; c, the covariance: what dimensions have in common.
 As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their sum.
 This script was written from a review of the paper, which does not say which means of which "augmented views" Z and Z' are.
-The choice here is ours: each image has one crop, and the views are the mean predictions for its M blocks, averaged over all
-pairs of blocks; --views target is the other reading, the mean prediction and the mean target.
+The choice here is ours: of the one crop of each image, the views are the M mean predictions, one per block, and the terms are
+averaged over all pairs of blocks; --views target is the other reading, the mean prediction and the mean target.
 """
 import copy
 import itertools
@@ -33,7 +33,6 @@ import eval_linear
 from common import View, take
 
 # ---- loss terms -----------------------------------------------------------------------------
-
 
 def invariance(z_1, z_2):
     """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
@@ -84,18 +83,18 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
     return loss, {"invariance": s, "variance": v, "covariance": c}
 
 
-def prediction_loss(s_hat, s, kind="smooth_l1"):
-    """L of I-JEPA: predictions s_hat and target features s, both [B, M, Nt, D], -> a scalar >= 0.
+def prediction_loss(s_hat, s_y, kind="smooth_l1"):
+    """L of I-JEPA: predictions s_hat and target features s_y, both [B, M, Nt, D], -> a scalar >= 0.
 
     "l2": the paper's, summed over a block's patches and features, averaged over blocks and images.
     "smooth_l1": the authors' code's, averaged over everything. Half precision is computed in float32.
     """
-    s_hat, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s_hat, s))
+    s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
-        return (s_hat - s).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
+        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
     ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
     ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
-    return F.smooth_l1_loss(s_hat, s)
+    return F.smooth_l1_loss(s_hat, s_y)
 
 
 # ---- masks ----------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # a full side only where nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side, but where nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -123,10 +122,9 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
     ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
-    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128:
-    ## the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so with four
-    ## blocks the lower rows are seldom seen by the context encoder.
-    ## (The stable sort puts the True first, in their order.)
+    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128 (the paper's
+    ## table: 0.25): the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so with
+    ## four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the True first, in their order.)
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
@@ -148,9 +146,7 @@ def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, targe
 def rasterized_masks(batch_size, grid_size, generator=None):
     """One quadrant, drawn per image, is the context [B, N / 4], the others are the targets [B, 3, N / 4]. grid_size is even."""
     half = grid_size // 2
-    top_left = torch.arange(half)[:, None] * grid_size + torch.arange(half)
-    corners = torch.tensor([0, half, half * grid_size, half * (grid_size + 1)])
-    quadrants = top_left.flatten() + corners[:, None]                                       # [4, N / 4]
+    quadrants = torch.arange(grid_size**2).view(2, half, 2, half).transpose(1, 2).reshape(4, -1)    # [4, N / 4]
     order = torch.rand(batch_size, 4, generator=generator).argsort(1)
     return quadrants[order[:, 0]], quadrants[order[:, 1:]]
 
@@ -177,7 +173,6 @@ def draw_masks(args, batch_size, generator):
 
 
 # ---- model ----------------------------------------------------------------------------------
-
 
 class Predictor(nn.Module):
     """A narrow ViT: says the features of a target block from the context's features and the block's positions. d: its width."""
@@ -230,23 +225,22 @@ class JEPA(nn.Module):
 
 # ---- one training step ----------------------------------------------------------------------
 
-
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, what to watch for collapse) for common.train, which goes on with loss.backward() and optimizer.step()."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes: one Nc
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images: one Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
-    prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)
+    prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)                      # take: the s_y(i) [B, M, Nt, D]
     z = common.gather(s_hat.float().mean(2))                              # pooled predictions [B, M, D], of all processes
     if args.views == "blocks":
         pairs = list(itertools.combinations(z.unbind(1), 2))              # of (Z, Z'), each [B, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## The M predictions of one image are views of it that no one had to design. s: their means agree, by telling of the whole
-    ## image or, without v, by being one constant. v: they differ between images. c: their dimensions say different things.
+    ## The M predictions of one image are views of it that no one had to design. s makes their means agree: they tell of the whole
+    ## image or, without v, are one constant. v makes images differ, c makes dimensions say different things.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
     loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
     terms = {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
@@ -256,12 +250,12 @@ def training_step(model, images, args, generator):
 
 @torch.no_grad()
 def update_target(model, args, progress):
-    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1, or stays at 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and both may drift
-    ## towards a constant, in our runs with AdamW, less with an EMA or with Muon in the encoder. With a gradient through
-    ## the target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on
-    ## the number of steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at 1, as
-    ## published, slows the target down too soon in a run of a few thousand steps.
+    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1; with args.ema = 0 it stays 0."""
+    ## With m = 0 the target is the context encoder itself, without its gradient. Both may then drift towards a constant: in our
+    ## runs they do with AdamW, less with an EMA or with Muon in the encoder. With a gradient through the target, too, AdamW's
+    ## collapse is complete within an epoch (README, "Break it and see"). How slow the target is depends on the number of
+    ## steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. An m that ends at 1, as published,
+    ## slows the target down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -336,7 +330,6 @@ def check_grid(args):
 
 
 # ---- main -----------------------------------------------------------------------------------
-
 
 def main(argv=None):
     args = arguments(argv)

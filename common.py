@@ -21,14 +21,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -163,34 +161,32 @@ def command_line(main):
     keep_memory()
     if int(os.environ.get("RANK", 0)) > 0:     # of torchrun's processes the first alone prints
         sys.stdout = open(os.devnull, "w")
+    code = 1
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.stdout.flush()
-    except Unusable as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except RunFailed as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(1)
+        return sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Unusable as error:
+        code, line = 2, str(error)
+    except RunFailed as error:
+        line = str(error)
     except OSError as error:                   # a full disk or a closed pipe behind stdout, say
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # what is left to print would fail again
-        print(f"{Path(sys.argv[0]).name}: {error}; what was saved is whole", file=sys.stderr)
-        sys.exit(1)
+        line = f"{error}; what was saved is whole"
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # killed, in most cases for its memory or a small /dev/shm
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())} What was saved is whole.", file=sys.stderr)
-            sys.exit(1)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-                sign in str(error) for sign in ("allocate memory", "out of memory", "ALLOC_FAILED")):
-            raise
-        print(f"{Path(sys.argv[0]).name}: out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole.", file=sys.stderr)
-        sys.exit(1)
+        line = f"{error} What was saved is whole."
+        if "DataLoader worker" not in line:    # which are killed, in most cases for their memory or a small /dev/shm
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+                    sign in line for sign in ("allocate memory", "out of memory", "ALLOC_FAILED")):
+                raise
+            line = "out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole."
+    if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ---- Datasets --------------------------------------------------------------------------------
@@ -212,21 +208,16 @@ def load_dataset(args, download=True):
 
     Raises Unusable where the data is missing, empty or unreadable.
     """
-    if args.dataset == "shapes":
-        data = load_shapes(args)
-    else:
-        try:
-            data = {"stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)(args, download)
-        except OSError as error:               # a folder without classes or images, no permission, a name too long
-            raise Unusable(f"argument --data-dir: {error}") from error
+    load = {"stl10": load_stl10, "folder": load_folder}.get(args.dataset, load_cifar)
+    try:
+        data = load_shapes(args) if args.dataset == "shapes" else load(args, download)
+    except OSError as error:                   # a folder without classes or images, no permission, a name too long
+        raise Unusable(f"argument --data-dir: {error}") from error
+    shared = data.images is data.train_images
     if args.holdout:                           # every tenth training image plays the test image
         held = torch.arange(len(data.train_images)) % 10 == 0
-        split = lambda labels, where: {name: y[where] for name, y in labels.items()}
-        train_images = data.train_images[~held]
-        images = train_images if data.images is data.train_images else data.images
-        data = Dataset(images, train_images, split(data.train_labels, ~held),
-                       data.train_images[held], split(data.train_labels, held))
-    shared = data.images is data.train_images
+        part = lambda where: (data.train_images[where], {name: y[where] for name, y in data.train_labels.items()})
+        (data.train_images, data.train_labels), (data.test_images, data.test_labels) = part(~held), part(held)
     data.train_images, data.test_images = data.train_images.to(args.device), data.test_images.to(args.device)
     data.images = data.train_images if shared else data.images.to(args.device)
     return data
@@ -305,10 +296,8 @@ def load_folder(args, download):
     stream, loaded = args.stream or size > free_memory(args.device) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), []
     for part, index in parts.items():
         images, new = Stream(part, index["paths"], args.image_size), index.pop("new", False)
-        if not stream:
-            images, index["readable"] = read_all(images, args.skip_bad_images)
-        elif args.skip_bad_images and "readable" not in index:
-            new, index["readable"] = True, read_all(images, skip=True, keep=False)[1]
+        if not stream or args.skip_bad_images and "readable" not in index:
+            new, (images, index["readable"]) = True, read_all(images, args.skip_bad_images, keep=not stream)
         labels = torch.from_numpy(index["targets"])
         if args.skip_bad_images and not index["readable"].all():
             if not index["readable"].any():
@@ -386,8 +375,8 @@ class Stream:
             return f"cannot read the image {path}: {error}"
 
 
-def read_all(images, skip, keep=True):
-    """Decode a Stream once: (images [N, 3, S, S] uint8, or None without `keep`; which can be read, [N] bool array).
+def read_all(images, skip, keep):
+    """Decode a Stream once: (images [N, 3, S, S] uint8, or the Stream without `keep`; which can be read, [N] bool array).
 
     Raises Unusable at one that cannot, unless skip.
     """
@@ -403,7 +392,7 @@ def read_all(images, skip, keep=True):
                 readable[i] = False
             else:
                 raise Unusable(f"argument --data-dir: {image}; --skip-bad-images goes on without it")
-    return whole, readable
+    return whole if keep else images, readable
 
 
 def load_batches(images, index_batches, device):
@@ -826,8 +815,7 @@ def initialise(transformer):
 
 def patches(x, p):
     """[B, 3, H, W] -> [B, N, 3 p p]: patches of p x p pixels, row-major."""
-    B, C, H, W = x.shape
-    return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H // p * (W // p), C * p * p)
+    return F.pixel_unshuffle(x, p).flatten(2).mT.contiguous()
 
 
 def take(x, index):
@@ -869,25 +857,19 @@ def share(x):
     return x[len(x) * rank // world:len(x) * (rank + 1) // world]
 
 
-class Gather(torch.autograd.Function):
-    """all_gather with a gradient: each process gets that of its own rows."""
-
-    @staticmethod
-    def forward(ctx, z):
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ## DistributedDataParallel takes the mean of the processes' gradients, each of which knows its own share
-        ## of the embeddings alone: the mean would be 1 / world of the gradient of one process.
-        return dist.get_world_size() * share(gradient)
-
-
 def gather(z):
     """[n / world, ...] of every process -> [n, ...], on all, in order; its gradient is exact where all compute one loss of it."""
-    return Gather.apply(z) if dist.is_initialized() else z
+    if not dist.is_initialized():
+        return z
+    rank, world = process()
+    parts = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(parts, z.detach().contiguous())
+    if z.requires_grad:                        # in this process's own rows alone
+        ## DistributedDataParallel takes the mean of the processes' gradients, each of which knows its own share
+        ## of the embeddings alone: the mean would be 1 / world of the gradient of one process.
+        parts[rank] = z.view_as(z)
+        parts[rank].register_hook(lambda gradient: world * gradient)
+    return torch.cat(parts)
 
 
 def average(value):
@@ -900,11 +882,10 @@ def average(value):
 
 def from_first(value):
     """The first process's value, on all of them."""
+    box = [value]
     if dist.is_initialized():
-        box = [value]
         dist.broadcast_object_list(box)
-        value = box[0]
-    return value
+    return box[0]
 
 
 # ---- Optimisation ----------------------------------------------------------------------------
@@ -976,9 +957,9 @@ def make_optimizer(model, args):
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if getattr(args, "optimizer", "adamw") == "lars":
+    if args.optimizer == "lars":
         return LARS([groups[0], {**groups[1], "lars": False}], lr=0.0)
-    if getattr(args, "optimizer", "adamw") == "muon":
+    if args.optimizer == "muon":
         return Muon([{**groups[0], "muon": True}, {**groups[1], "muon": False}], lr=0.0, fused=args.device != "mps")
     return torch.optim.AdamW(groups, lr=0.0, fused=args.device != "mps")
 
@@ -1027,10 +1008,9 @@ def train(args, model, training_step, data, after_step=None):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, args)
-    first, sums, seconds, history = 0, [], 0.0, []                # sums and seconds: of the epoch so far
-    features = None
+    first, sums, seconds, history, features = 0, [], 0.0, [], None    # sums and seconds: of the epoch so far
 
-    with claimed(out, args.resume), stop_signals() as signals, \
+    with claimed(out, args.resume) if rank == 0 else nullcontext(), stop_signals() as signals, \
             tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
         if args.resume:
             first, sums, seconds, history = restore(args, model, optimizer, len(data.images))
@@ -1089,7 +1069,8 @@ def train(args, model, training_step, data, after_step=None):
                        "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
                 if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
                     features = [extract(model, images, args) for images in (data.train_images, data.test_images)]
-                    row["knn"] = knn_by_level(*features, data)
+                    label, y = next(iter(data.train_labels.items()))
+                    row["knn"] = {level: knn(z, y, features[1][level], data.test_labels[label]) for level, z in features[0].items()}
                     features = features if step + 1 == steps else None     # while training goes on, the memory is its own
                 history.append(row)
                 sums, seconds = [], 0.0
@@ -1134,12 +1115,8 @@ LOCKS = []                                     # descriptors of the folder that 
 def claimed(out, resume):
     """Hold the folder `out` for this process alone; the lock ends with the process, however that ends.
 
-    Under torchrun the first process holds it for all.
     Raises Unusable where another process holds it, or a run is there already and resume is False.
     """
-    if process()[0] > 0:
-        yield
-        return
     if resume and not out.exists():
         raise Unusable(f"argument --resume: no {out / CHECKPOINTS[0]}; there is no folder {out}")
     try:
@@ -1325,7 +1302,8 @@ def write_log(history, out):
 def draw_curves(history, path):
     """The log as five small plots over epochs: loss, its terms, effective rank, spread, k-NN accuracy."""
     epochs = [row["epoch"] for row in history]
-    figure, axes = plt.subplots(1, 5, figsize=(22, 4), layout="constrained")
+    figure = Figure(figsize=(22, 4), layout="constrained")
+    axes = figure.subplots(1, 5)
     terms = [name for name in history[0] if name not in LOGGED | {"knn"}]
     axes[0].plot(epochs, [row["loss"] for row in history], "o-", label="loss")
     for name in terms:
@@ -1343,7 +1321,6 @@ def draw_curves(history, path):
             axis.legend()
     axes[1].set_yscale("log")
     write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
 
 
 # ---- Judging a frozen encoder ----------------------------------------------------------------
@@ -1373,12 +1350,6 @@ def extract(model, images, args):
         if not torch.isfinite(y).all():
             raise RunFailed(f"the features of level {level} are not finite: the run has diverged. Try a lower --lr.")
     return features
-
-
-def knn_by_level(features, test_features, data):
-    """{level: k-NN accuracy} for the dataset's first label."""
-    label, y = next(iter(data.train_labels.items()))
-    return {level: knn(features[level], y, test_features[level], data.test_labels[label]) for level in features}
 
 
 def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):

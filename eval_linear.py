@@ -30,7 +30,6 @@ MODELS = {"vicreg": "VICReg", "sjea": "SJEA", "ijepa": "JEPA", "cjepa": "JEPA"} 
 
 # ---- protocols on fixed features ------------------------------------------------------------
 
-
 def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
     """Multinomial logistic regression on standardised features.
 
@@ -117,7 +116,6 @@ def within(features, test_features, y, y_test, sub, sub_test, k=80, temperature=
 
 # ---- protocols that train on images ---------------------------------------------------------
 
-
 def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     """A linear layer on each level, trained on new crops and flips. Returns {level: (top-1, top-5)} on test.
 
@@ -127,7 +125,7 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     x, y = data.train_images, data.train_labels[label].to(args.device)
     with torch.no_grad():
         blank = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
-        width = {level: model.representations(blank)[level].shape[1] for level in levels}
+        width = {level: h.shape[1] for level, h in model.representations(blank).items()}
     torch.manual_seed(args.seed)
     heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width[level], affine=False, momentum=None if frozen else 0.1), nn.Linear(width[level], int(y.max()) + 1))
                           for level in levels).to(args.device)
@@ -161,7 +159,6 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
 
 # ---- arguments ------------------------------------------------------------------------------
 
-
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
@@ -180,7 +177,6 @@ def arguments(argv=None):
 
 
 # ---- main -----------------------------------------------------------------------------------
-
 
 def load(path, device="auto", data_dir=None):
     """A checkpoint's (model, args) on `device`, the model in evaluation mode. Raises Unusable."""
@@ -218,15 +214,13 @@ def load(path, device="auto", data_dir=None):
 def flags(config):
     """The command line that a config comes from."""
     argv = []
-    for name, value in config.items():
+    for name, value in {**config, "method": None}.items():                # the script knows its method
         flag = "--" + name.replace("_", "-").strip("-")
-        if name == "method" or value is None or value is False:
-            continue
         if isinstance(value, list) and name == "projector":
-            argv.append(f"{flag}={'-'.join(map(str, value))}")
-        elif isinstance(value, list):
+            value = "-".join(map(str, value))
+        if isinstance(value, list):
             argv += [flag, *map(str, value)]
-        else:
+        elif value is not None and value is not False:
             argv.append(flag if value is True else f"{flag}={value}")
     return argv
 
@@ -263,13 +257,13 @@ def main(argv=None, data=None, features=None):
         raise common.Unusable(f"argument --within: {options.within[0]} is the class; name one label or more to be told apart inside it")
 
     parts = (data.train_images, data.test_images)
-    features = {level: pair for level, *pair in zip_levels(features or (common.extract(model, x, args) for x in parts))}
-    levels = list(features)
+    train, test = features or [common.extract(model, x, args) for x in parts]
+    features, levels = {level: [train[level], test[level]] for level in train}, list(train)
     if args.method == "sjea" and len(levels) > 1:
         features["+".join(levels)] = [torch.cat(part, dim=1) for part in zip(*(features[level] for level in levels))]
     own = list(features)
-    for level, *pair in zip_levels(common.extract(untrained(args), x, args) for x in parts):
-        features[f"untrained {level}"] = pair
+    train, test = (common.extract(untrained(args), x, args) for x in parts)
+    features |= {f"untrained {level}": [train[level], test[level]] for level in train}
     small = min(32, args.image_size)           # raw pixels of larger images fit neither a memory nor a classifier
     features["raw pixels"] = [torch.cat([common.resize(batch, small).flatten(1).float() / 255       # [N, 3 * small * small]
                                          for batch in common.load_batches(x, torch.arange(len(x), device=x.device).split(500), args.device)]) for x in parts]
@@ -306,12 +300,6 @@ def table(title, columns, rows):
     print(f"\n{title}\n{'level':<18}" + "".join(f"{column:>16}" for column in columns))
     for name, row in rows.items():
         print(f"{name:<18}" + "".join(f"{100 * value:>16.1f}" for value in row.values()))
-
-
-def zip_levels(extracted):
-    """Two dicts {level: features} -> triples (level, train features, test features)."""
-    train, test = extracted
-    return [(level, train[level], test[level]) for level in train]
 
 
 if __name__ == "__main__":

@@ -93,7 +93,6 @@ def embed(features):
 
 # ---- figures: each takes the runs and returns a Figure, or None where it does not apply ------
 
-
 def tsne(runs):
     """Every level's map of the test images, coloured by class (S-JEA Figure 2)."""
     columns = [(run, level) for run in runs for level in run.features]
@@ -271,7 +270,6 @@ def attention(runs):
 
 
 # ---- the page: a map per level, to be explored -----------------------------------------------
-
 
 def explorer(run, count=1000):
     """index.html: one self-contained page with the t-SNE map of each level, neighbours and sub-clusters."""

@@ -5,25 +5,25 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y is cut into N patches. A target encoder sees all of them, a context encoder only those at the indices B_x (the
-paper's x). From their features a predictor says what the target encoder makes of M hidden blocks, at the indices B_i:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only those at the indices B_x, the
+paper's x. From their features a predictor predicts what the target encoder makes of M hidden blocks, at the indices B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
-    s_hat(i) = predictor(s_x, where B_i lies)     of the Nt patches of one block [B, Nt, D], for each i by itself
+    s_hat(i) = predictor(s_x, where B_i lies)     features of the Nt patches of one block [B, Nt, D], for each i by itself
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
 In shapes B is the number of images and D that of features; in the loss D is the paper's distance.
 
-Where this script differs from the paper: the layer norm of s_y, and by default D as smooth-L1, averaged over
-everything, are the authors' code's (facebookresearch/ijepa), as are crops without flips; --loss l2 is the paper's sum.
-The size of the blocks is drawn among those whole-patch rectangles that lie in the published ranges, a full side only
-where nothing else does (so the context square has one size on grids up to 16); the authors round to the grid, may leave
-the ranges, and never reach the grid's last row and column. Weights are Xavier's: at width 768 up to 1.8 times the
-authors' standard deviation of 0.02, which is too small for small networks. --recipe paper sets the published numbers
-(PAPER, below). The defaults, such as M = 2 and the optimizer Muon, which on shapes learns more from half as many images
-than AdamW from all, were chosen by measurement at 32 px on two CPU cores.
+Where this script differs from the paper: from the authors' code (facebookresearch/ijepa) come the layer norm of s_y, crops
+without flips (no other augmentation), and by default D as smooth-L1, averaged over everything; --loss l2 is the paper's sum.
+A block's size is drawn among the whole-patch rectangles in the published ranges; as in the authors' code none spans a full
+side, but here one may where nothing else fits (so the context square has one size on grids up to 25). The authors round
+to the grid, may leave the ranges, and never reach the grid's last row and column. Weights are Xavier's: at width 768 their
+standard deviation is up to 1.8 times the authors' 0.02, a value too small for small networks. --recipe paper sets the
+published numbers (PAPER, below). The defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement
+at 32 px on two CPU cores.
 """
 import copy
 
@@ -37,19 +37,18 @@ from common import View, take
 
 # ---- loss -----------------------------------------------------------------------------------
 
-
-def prediction_loss(s_hat, s, kind="smooth_l1"):
-    """L of I-JEPA: predictions s_hat and target features s, both [B, M, Nt, D], -> a scalar >= 0.
+def prediction_loss(s_hat, s_y, kind="smooth_l1"):
+    """L of I-JEPA: predictions s_hat and target features s_y, both [B, M, Nt, D], -> a scalar >= 0.
 
     "l2": the paper's, summed over a block's patches and features, averaged over blocks and images.
     "smooth_l1": the authors' code's, averaged over everything. Half precision is computed in float32.
     """
-    s_hat, s = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (s_hat, s))
+    s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
-        return (s_hat - s).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
+        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
     ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
     ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
-    return F.smooth_l1_loss(s_hat, s)
+    return F.smooth_l1_loss(s_hat, s_y)
 
 
 # ---- masks ----------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # a full side only where nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side, but where nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -77,10 +76,9 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
     ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
-    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128:
-    ## the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so with four
-    ## blocks the lower rows are seldom seen by the context encoder.
-    ## (The stable sort puts the True first, in their order.)
+    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128 (the paper's
+    ## table: 0.25): the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so with
+    ## four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the True first, in their order.)
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
@@ -102,9 +100,7 @@ def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, targe
 def rasterized_masks(batch_size, grid_size, generator=None):
     """One quadrant, drawn per image, is the context [B, N / 4], the others are the targets [B, 3, N / 4]. grid_size is even."""
     half = grid_size // 2
-    top_left = torch.arange(half)[:, None] * grid_size + torch.arange(half)
-    corners = torch.tensor([0, half, half * grid_size, half * (grid_size + 1)])
-    quadrants = top_left.flatten() + corners[:, None]                                       # [4, N / 4]
+    quadrants = torch.arange(grid_size**2).view(2, half, 2, half).transpose(1, 2).reshape(4, -1)    # [4, N / 4]
     order = torch.rand(batch_size, 4, generator=generator).argsort(1)
     return quadrants[order[:, 0]], quadrants[order[:, 1:]]
 
@@ -131,7 +127,6 @@ def draw_masks(args, batch_size, generator):
 
 
 # ---- model ----------------------------------------------------------------------------------
-
 
 class Predictor(nn.Module):
     """A narrow ViT: says the features of a target block from the context's features and the block's positions. d: its width."""
@@ -184,28 +179,27 @@ class JEPA(nn.Module):
 
 # ---- one training step ----------------------------------------------------------------------
 
-
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, what to watch for collapse) for common.train, which goes on with loss.backward() and optimizer.step()."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes: one Nc
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images: one Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
-    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)
+    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": common.gather(s_hat.mean((1, 2)))}
     return loss, {"prediction": loss}, watched
 
 
 @torch.no_grad()
 def update_target(model, args, progress):
-    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1, or stays at 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient: it follows at once, and both may drift
-    ## towards a constant, in our runs with AdamW, less with an EMA or with Muon in the encoder. With a gradient through
-    ## the target, too, AdamW's collapse is complete within an epoch (README, "Break it and see"). How slow m is depends on
-    ## the number of steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. Ending at 1, as
-    ## published, slows the target down too soon in a run of a few thousand steps.
+    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1; with args.ema = 0 it stays 0."""
+    ## With m = 0 the target is the context encoder itself, without its gradient. Both may then drift towards a constant: in our
+    ## runs they do with AdamW, less with an EMA or with Muon in the encoder. With a gradient through the target, too, AdamW's
+    ## collapse is complete within an epoch (README, "Break it and see"). How slow the target is depends on the number of
+    ## steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. An m that ends at 1, as published,
+    ## slows the target down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -273,7 +267,6 @@ def check_grid(args):
 
 
 # ---- main -----------------------------------------------------------------------------------
-
 
 def main(argv=None):
     args = arguments(argv)

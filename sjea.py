@@ -13,26 +13,29 @@ stack and the 1 the view. For both views x_k, k = 1, 2, of a batch of n = B imag
     loss = loss0 + loss1; each flows back through its own stack and all below, in one step
 
 In the paper f[0], h[0] are f1, h1 (Algorithm 1) or f_theta, h_theta (section 3), f[1], h[1] are f2, h2 or f_xi, h_xi; h is the
-"projector" or "expander". Pooling stands in section 3.2. C is 512 at width 64; at 32 px, m = 4 and m' = 1. The loss l of a stack:
+"projector" or "expander". Pooling stands in section 3.2. C is 512 at width 64 (ResNet-18); at 32 px, m = 4 and m' = 1. The loss l of a stack:
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
-    i_loss   s(Z_1, Z_2) = 1/n  sum_i ||z_1i - z_2i||^2          the views agree                 VICReg Eq. (5), here over n d
-    v_loss   v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), here halved
-    c_loss   c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
+    s(Z_1, Z_2) = 1/n  sum_i ||z_1i - z_2i||^2          the views agree                 VICReg Eq. (5)
+    v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2)
+    c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Both "here" are in VICReg's and S-JEA's authors' codes, to which the coefficients (25, 25, 1) belong. Algorithm 1 prints
-y1_1 = f2(y1_1), a slip for f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default.
+Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' codes, to which the
+coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved. Algorithm 1 prints y1_1 = f2(y1_1), a slip for
+f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default. Section 4.3 speaks of a stack that reads
+the projector's embeddings; here, as in section 3.2, it reads the map y0 in every column of Table 3.
 Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell at 32 px), and so
-does every later stack. With --stacks 1 the trained weights are those of vicreg.py, bit for bit.
+does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, bit for bit.
 
 The paper's setting with its authors' code's optimizer, Adam at 1e-3 (--lr is the rate for a batch of 256), is
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
---projectors 10 because Table 1's figures are those of Table 3's column with h1 and without h2. The projector's widths are the
-authors' code's; weight decay, warm-up and cosine are ours. It has 23.16 M parameters with both projectors, one stack 11.43 M
-(Table 2: 23.2 and 11.6). The defaults suit minutes on two CPU cores: width 16 (so C = 128), Muon, nu = 8, on shapes crops of 0.8 or more.
+--projectors 10 because Table 1's figures are those of Table 3's column with h1 and without h2. Batch size and
+projector are the authors' code's; weight decay, warm-up and cosine are ours. With both projectors stack 0 has 11.43 M parameters,
+stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: 11.6 and 23.2). The defaults suit minutes on two CPU
+cores: width 16 (so C = 128), Muon, nu = 8, on shapes crops of 0.8 or more.
 """
 import torch
 import torch.nn.functional as F
@@ -43,7 +46,6 @@ import eval_linear
 from common import View, pool
 
 # ---- loss terms -----------------------------------------------------------------------------
-
 
 def invariance(z_1, z_2):
     """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
@@ -111,7 +113,6 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):
 
 # ---- model ----------------------------------------------------------------------------------
 
-
 def projector(in_features, widths):
     """h: fully connected layers, BN and ReLU after each but the last, the last without bias."""
     layers = []
@@ -155,7 +156,6 @@ class SJEA(nn.Module):
 
 # ---- one training step ----------------------------------------------------------------------
 
-
 def transformations(args):
     """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
@@ -184,7 +184,6 @@ def training_step(model, x, args, generator):
 
 
 # ---- arguments ------------------------------------------------------------------------------
-
 
 def arguments(argv=None):
     parser = common.Parser(__doc__)
@@ -220,7 +219,6 @@ def arguments(argv=None):
 
 
 # ---- main -----------------------------------------------------------------------------------
-
 
 def main(argv=None):
     args = arguments(argv)

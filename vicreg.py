@@ -32,7 +32,6 @@ from common import View, pool
 
 # ---- loss terms -----------------------------------------------------------------------------
 
-
 def invariance(z_1, z_2):
     """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
 
@@ -84,7 +83,6 @@ def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
 
 # ---- model ----------------------------------------------------------------------------------
 
-
 def projector(in_features, widths):
     """h: fully connected layers, BN and ReLU after each but the last, the last without bias."""
     layers = []
@@ -114,7 +112,6 @@ class VICReg(nn.Module):
 
 # ---- one training step ----------------------------------------------------------------------
 
-
 def transformations(args):
     """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
@@ -137,7 +134,6 @@ def training_step(model, x, args, generator):
 
 
 # ---- arguments ------------------------------------------------------------------------------
-
 
 def arguments(argv=None):
     parser = common.Parser(__doc__)
@@ -162,7 +158,6 @@ def arguments(argv=None):
 
 
 # ---- main -----------------------------------------------------------------------------------
-
 
 def main(argv=None):
     args = arguments(argv)

@@ -377,7 +377,7 @@ def loads(path, method):
     args = script.arguments(flags(method, path.parent, "--resume"))
     model = eval_linear.untrained(args)
     try:
-        common.restore(args, model, common.make_optimizer(model, args), 8)
+        common.restore(args, model, common.make_optimizer(model, args), 8 * args.batch_size)
         eval_linear.load(path)
     except common.Unusable as error:
         assert "checkpoint" in str(error)
