@@ -148,6 +148,11 @@ def bf16_is_fast(device):
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def memory_format(device):
+    """Channels-last, in which convolutions are fastest; but not on mps, where BN's gradient of such maps is wrong (pytorch issue 175189)."""
+    return torch.contiguous_format if device == "mps" else torch.channels_last
+
+
 def keep_memory():
     """Have glibc keep the memory of freed tensors: what it gives back returns in pages that the system has to clear first, at every step."""
     libc = ctypes.CDLL(None)
@@ -293,7 +298,7 @@ def load_folder(args, download):
     if names[0] != names[1]:
         raise Unusable(f"argument --data-dir: class folder {min(names[0] ^ names[1])} is in only one of {root / 'train'} and {test}")
     size = sum(len(index["paths"]) for index in parts.values()) * 3 * args.image_size**2
-    stream, loaded = args.stream or size > free_memory(args.device) / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), []
+    stream, loaded = args.stream or size > free_memory(args.device) / 2, []
     for part, index in parts.items():
         images, new = Stream(part, index["paths"], args.image_size), index.pop("new", False)
         if not stream or args.skip_bad_images and "readable" not in index:
@@ -337,7 +342,7 @@ def list_images(part, known):
 
 
 def free_memory(device):
-    """Bytes that are free on this machine, or allowed to this job (a container's or SLURM's, by cgroups), and on the device that it computes with."""
+    """Bytes for each process: free on this machine, or allowed to this job (a container's or SLURM's, by cgroups), and on the device that it computes with."""
     try:
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError):              # not Linux: half of all is near enough
@@ -347,6 +352,7 @@ def free_memory(device):
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError):                            # no such file; "max": no limit
                 free = min(free, int((folder / "memory.max").read_text()))
+    free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))                    # shared by torchrun's processes; each has a GPU of its own
     return min(free, torch.cuda.mem_get_info()[0]) if device == "cuda" else free
 
 
@@ -835,6 +841,8 @@ def count_parameters(module):
 def join_processes(device):
     """Join the processes that torchrun started, if it did; on CUDA each takes a GPU of its own."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if device == "mps":
+            raise Unusable("argument --device: processes of torchrun meet on cpu or cuda, not on mps")
         if device == "cuda":
             rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if rank >= gpus:
@@ -1006,7 +1014,7 @@ def train(args, model, training_step, data, after_step=None):
             raise Unusable(f"argument --compile: torch.compile does not work on this machine: {str(error).splitlines()[0]}") from error
     if world > 1 and device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=memory_format(device)).train()
     optimizer = make_optimizer(model, args)
     first, sums, seconds, history, features = 0, [], 0.0, [], None    # sums and seconds: of the epoch so far
 
@@ -1039,7 +1047,8 @@ def train(args, model, training_step, data, after_step=None):
             optimizer.param_groups[0]["weight_decay"] = weight_decay(step, steps, args.weight_decay, decay_end)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and args.precision == "bf16"):
+                optimizer.step()                                  # Muon's matrix products, that is
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
             terms = {"loss": loss, **terms}
@@ -1338,7 +1347,7 @@ def extract(model, images, args):
     size = 100 if args.device == "cpu" else 500    # what a CPU's cache holds
     for batch in load_batches(images, index.split(size), args.device):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
-            x = normalise(batch.float() / 255).contiguous(memory_format=torch.channels_last)
+            x = normalise(batch.float() / 255).contiguous(memory_format=memory_format(args.device))
             for level, y in model.representations(x).items():
                 if not done:                   # all at once: kept piece by piece among what comes and goes, they split the memory up
                     features[level] = torch.empty(n, y.shape[1], device=y.device)

@@ -232,7 +232,7 @@ def build(args):
 def untrained(args):
     """The model of args as it was before its first step."""
     torch.manual_seed(args.seed)
-    return build(args).to(args.device, memory_format=torch.channels_last).eval()
+    return build(args).to(args.device, memory_format=common.memory_format(args.device)).eval()
 
 
 def main(argv=None, data=None, features=None):

@@ -715,12 +715,14 @@ def test_muon_equals_its_definition():
         np.testing.assert_allclose(ours[i].detach().numpy().reshape(w.shape), w, rtol=1e-10, atol=1e-12)
 
 
-def test_muon_is_torchs():
-    """torch.optim.Muon, which rounds to bfloat16, takes the same steps to 2 %; matrices of one shape do not mix."""
+@pytest.mark.parametrize("bf16", (False, True), ids=("fp32", "bf16"))
+def test_muon_is_torchs(bf16):
+    """torch.optim.Muon, which rounds to bfloat16, takes the same steps to 2 %; matrices of one shape do not mix. So do ours under autocast, as on CUDA."""
     weights, gradients = matrices_and_vectors()
     start, gradients = torch.stack([*weights[:1], weights[3]]).float(), [[gs[0].float(), gs[3].float()] for gs in gradients]
     ours, theirs = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    run_optimizer(common.Muon([{"params": ours, "muon": True, "weight_decay": 0.3}], lr=0.0), ours, gradients)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        run_optimizer(common.Muon([{"params": ours, "muon": True, "weight_decay": 0.3}], lr=0.0), ours, gradients)
     run_optimizer(torch.optim.Muon(theirs, lr=0.0, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"), theirs, gradients)
     for a, b, w in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - w).norm()

@@ -687,6 +687,10 @@ def test_a_jobs_limit_counts_as_its_memory(tmp_path, monkeypatch):
     assert common.free_memory("cpu") == 5000000
     put("sys/fs/cgroup/job/step/memory.max", "3000000\n")
     assert common.free_memory("cpu") == 3000000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")                            # processes of torchrun, which share it; not the memory of a GPU each
+    assert common.free_memory("cpu") == 750000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (500000, 0))
+    assert common.free_memory("cuda") == 500000
 
 
 def test_a_streamed_folder_is_listed_once(pictures, monkeypatch, capsys):

@@ -300,6 +300,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         common.join_processes("cuda")
 
 
+def test_processes_do_not_meet_on_mps(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(common.Unusable, match="--device: processes of torchrun meet on cpu or cuda, not on mps"):
+        common.join_processes("mps")
+
+
 def test_a_rank_without_torchrun_is_refused(monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -1,6 +1,7 @@
 """sjea.py: one stack is VICReg, gradients between stacks, Table 2's counts, Table 3's settings, map sizes."""
 import pytest
 import torch
+from torch import nn
 
 import common
 import sjea
@@ -136,3 +137,19 @@ def test_later_stacks_adapt_to_the_map(size, stack_1_reads):
     assert maps[0].shape[1:] == stack_1_reads
     assert model.f[1].stem[0].weight.shape == (64, 512, 3, 3)
     assert maps[2].shape == (2, 512, 1, 1)
+
+
+def test_no_map_is_channels_last_on_mps(tiny_run, monkeypatch):
+    """There BN's gradient of such maps is wrong. In training, in k-NN and in the judge; elsewhere they are channels-last."""
+    seen = set()
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.add(inputs[0].is_contiguous()) if isinstance(module, nn.BatchNorm2d) and inputs[0].shape[2] > 1 else None)
+    try:
+        tiny_run("sjea", "--epochs", "1")
+        assert seen == {False}
+        seen.clear()
+        monkeypatch.setattr(common, "memory_format", lambda device, chosen=common.memory_format: chosen("mps"))
+        tiny_run("sjea", "--epochs", "1")
+        assert seen == {True}
+    finally:
+        handle.remove()
