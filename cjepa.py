@@ -91,7 +91,7 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     """
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
-        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
+        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss
     ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
     ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
     return F.smooth_l1_loss(s_hat, s_y)

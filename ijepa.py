@@ -6,7 +6,7 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
 An image y is cut into N patches. A target encoder sees all of them, a context encoder only those at the indices B_x, the
-paper's x. From their features a predictor predicts what the target encoder makes of M hidden blocks, at the indices B_i:
+paper's x. From their features a predictor computes what the target encoder makes of M hidden blocks, at the indices B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
@@ -45,7 +45,7 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     """
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
-        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                  # I-JEPA loss
+        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss
     ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
     ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
     return F.smooth_l1_loss(s_hat, s_y)
