@@ -413,7 +413,8 @@ def load_batches(images, index_batches, device):
     workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     for batch in torch.utils.data.DataLoader(
             images, batch_sampler=(index.tolist() for index in index_batches), collate_fn=stack, num_workers=workers,
-            pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator()):  # its own: else it draws from torch's
+            pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator(),  # its own: else it draws from torch's
+            multiprocessing_context="fork" if sys.platform == "linux" else None):  # Python 3.14's default imports torch in every worker
         if isinstance(batch, str):
             raise RunFailed(f"{batch}; what was saved is whole. A new run with --skip-bad-images finds all such images first, if the index of an earlier one, *-index.npz, is removed.")
         yield batch.to(device, non_blocking=device == "cuda")

@@ -186,7 +186,7 @@ def main():
         sides = {"ours": (Ours(options, precision), images), "ours, authors' masks": (Ours(options, precision, authors_masks(options)), images),
                  "authors": (Authors(options, precision), pil)}
         results = {name: [] for name in sides}
-        for name, side in sides.items():
+        for side in sides.values():
             measure(*side, 2)                  # warm-up
         for _ in range(options.rounds):
             for name, side in sides.items():

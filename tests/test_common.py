@@ -303,7 +303,7 @@ def test_shapes_factors_are_balanced_and_independent():
     for labels in (data.train_labels, data.test_labels):
         assert {name: len(label.unique()) for name, label in labels.items()} == \
             {"shape": 10, "style": 4, "colour": 8, "pose": 4, "count": 4, "distance": 3}
-        for name, label in labels.items():
+        for label in labels.values():
             assert label.bincount().max() - label.bincount().min() <= 1
         for a, b in itertools.combinations(labels, 2):
             table = torch.zeros(int(labels[a].max()) + 1, int(labels[b].max()) + 1)

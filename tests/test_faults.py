@@ -639,6 +639,22 @@ def test_a_streamed_run_equals_one_in_memory(pictures, tmp_path):
     assert_equal_runs(outs[2], outs[0])
 
 
+def test_workers_are_forked_on_linux_and_sent_what_they_need_elsewhere(pictures, monkeypatch):
+    class Here(common.Stream):                 # a class that no other process can import
+        pass
+
+    images = load_folder(pictures, "--stream").images
+    read = lambda images: torch.cat([*common.load_batches(images, torch.arange(8).split(4), "cpu")])
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        first = read(Here(images.root, images.paths, images.size))
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert torch.equal(read(images), first)
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+
 @pytest.mark.parametrize("holdout", [[], ["--holdout"]])
 def test_a_streamed_folder_is_that_in_memory(holdout, pictures, tmp_path, monkeypatch):
     """The same images and labels; the same judgement and pictures of a checkpoint, without the training images in memory."""

@@ -14,7 +14,6 @@ from PIL import Image
 
 import common
 import conftest
-import eval_linear
 import figures
 
 ALL = {"tsne", "class", "covariance", "accuracy", "views", "spectrum", "masks", "predictions", "attention"}
@@ -204,7 +203,7 @@ def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
     page.write_text(figures.explorer(run))
     command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert f"sjea: sjea on shapes</h1>" in dom and dom.count("<canvas") == 2
+    assert "sjea: sjea on shapes</h1>" in dom and dom.count("<canvas") == 2
     assert ('id="hint">coloured by its 4 k-means clusters' in dom) == only
     data = page_data(run)
     if chosen is not None:
