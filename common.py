@@ -72,7 +72,7 @@ def number(kind, low=-1e12, high=1e12):
 
 
 def widths(text):
-    """An argparse type: "2048-2048-2048" -> [2048, 2048, 2048]."""
+    """An argparse type, of --projector: "2048-2048-2048" -> [2048, 2048, 2048]."""
     values = text.split("-")
     if not all(value.isdecimal() and 0 < int(value) <= 65536 for value in values):
         raise argparse.ArgumentTypeError(f"{text} is not a list of layer widths such as 512-512-512")
@@ -970,7 +970,9 @@ def make_optimizer(model, args):
         return LARS([groups[0], {**groups[1], "lars": False}], lr=0.0)
     if args.optimizer == "muon":
         return Muon([{**groups[0], "muon": True}, {**groups[1], "muon": False}], lr=0.0, fused=args.device != "mps")
-    return torch.optim.AdamW(groups, lr=0.0, fused=args.device != "mps")
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=args.device != "mps")
+    raise Unusable(f"argument --optimizer: there is no {args.optimizer}, only muon, adamw and lars")
 
 
 def learning_rate(step, steps, warmup, peak):
@@ -991,15 +993,18 @@ def weight_decay(step, steps, start, end):
 def train(args, model, training_step, data, after_step=None):
     """Train `model` on data.images and leave config, log, checkpoint and curves in args.out.
 
-    training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise,
-    its parts {name: scalar} and {level: [n, d]} to watch for collapse, of all processes. after_step(model, args, progress),
-    where given, follows each update; progress goes from 0 to 1 over the run. All randomness of step t
-    comes from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
+    training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise, its parts {name: scalar
+    tensor}, the same names at every step, and {level: [n, d]} of all processes to watch for collapse, before any normalisation. It
+    calls `model`, which may be wrapped for torchrun, and touches none of its attributes. after_step(model, args, progress), where
+    given, gets the bare model after each update; progress goes from 0 to 1 over the run. All randomness of step t comes
+    from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
     Returns the last features of data.train_images and data.test_images, or None where no step was left to do.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
+    if isinstance(data.images, torch.Tensor) and data.images.dtype != torch.uint8:
+        raise Unusable(f"the images are {data.images.dtype}, not torch.uint8 from 0 to 255")
     rank, world = process()
     if args.batch_size % world or args.batch_size < 2 * world:
         raise Unusable(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes, two or more to each")
@@ -1030,7 +1035,7 @@ def train(args, model, training_step, data, after_step=None):
         forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
-        unread, saved = [], time.monotonic()
+        unread, saved, names = [], time.monotonic(), None
 
         for step, images in zip(range(first, steps), load_batches(data.images, draw_batches(data.images, args, first, steps), device)):
             epoch, i = divmod(step, per_epoch)
@@ -1048,11 +1053,16 @@ def train(args, model, training_step, data, after_step=None):
             optimizer.param_groups[0]["weight_decay"] = weight_decay(step, steps, args.weight_decay, decay_end)
             optimizer.zero_grad()
             loss.backward()
+            if step == first and (idle := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]):
+                raise RunFailed(f"the loss does not reach {idle[0]}: use it, or set its requires_grad to False")
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and args.precision == "bf16"):
                 optimizer.step()                                  # Muon's matrix products, that is
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
             terms = {"loss": loss, **terms}
+            names = names or terms.keys()
+            if terms.keys() != names:
+                raise RunFailed(f"the terms of step {step} are {', '.join(terms)}, of those before {', '.join(names)}: one that is off is 0")
             unread.append(torch.stack([term.detach() for term in terms.values()]))
             bar.update()
 
@@ -1329,7 +1339,7 @@ def draw_curves(history, path):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    axes[1].set_yscale("log")
+    axes[1].set_yscale("log" if all(row[name] >= 0 for row in history for name in terms) else "linear")
     write(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 

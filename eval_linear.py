@@ -184,7 +184,7 @@ def load(path, device="auto", data_dir=None):
     common.join_processes(common.pick_device(device))
     state = common.from_first(common.load_checkpoint(path) if common.process()[0] == 0 else None)    # the others may be on other machines
     if state["method"] not in MODELS:
-        raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)}")
+        raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)} (MODELS in eval_linear.py)")
     config = {**state["config"], "device": device, "out": tempfile.gettempdir(), "resume": False}    # out: the checkpoint's own folder may be read-only
     if data_dir:
         config["data_dir"] = data_dir

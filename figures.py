@@ -152,7 +152,7 @@ def views(runs):
     """What the two branches see: images, and the two random views of each that are to agree."""
     run = runs[0]
     script = importlib.import_module(run.args.method)
-    if not hasattr(script, "transformations"):
+    if not hasattr(run.args, "augmentation"):
         return None
     x, generator = run.images[:8], torch.Generator(run.args.device).manual_seed(0)
     figure, axes = panels(3, 8, 1.4)
@@ -219,9 +219,10 @@ def predictions(runs):
     """What is predicted, made visible: every predicted patch is shown as the real patch whose features are nearest."""
     run = runs[0]
     n = min(6, run.args.batch_size, len(run.images) // 2)
-    if not hasattr(run.model, "predictor") or run.model.pixels or n < 1:
+    script = importlib.import_module(run.args.method)
+    if not hasattr(script, "draw_masks") or run.model.pixels or n < 1:
         return None
-    script, p, grid = importlib.import_module(run.args.method), run.args.patch_size, run.args.image_size // run.args.patch_size
+    p, grid = run.args.patch_size, run.args.image_size // run.args.patch_size
     scale = lambda images: common.normalise(images.float() / 255)
     context, targets = (m[:n].to(run.args.device) for m in script.draw_masks(run.args, run.args.batch_size, torch.Generator().manual_seed(1)))
     s_hat, _ = run.model(scale(run.images[:n]), context, targets)                           # [n, M, Nt, D]
@@ -247,7 +248,7 @@ def predictions(runs):
 @torch.no_grad()
 def attention(runs):
     """How much the patches look at each one in the last block of the target encoder, mean over heads and queries (C-JEPA's figures)."""
-    runs = [run for run in runs if hasattr(run.model, "target_encoder")]
+    runs = [run for run in runs if isinstance(getattr(run.model, "target_encoder", None), common.ViT)]
     if not runs:
         return None
     figure, axes = panels(1 + len(runs), 8, 1.6)

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from scipy import ndimage, spatial, stats
 from torch import nn
 
 import common
+import conftest
+import eval_linear
+import figures
 import sjea
 
 ROOT = Path(__file__).parent.parent
@@ -867,3 +871,131 @@ def test_the_memory_of_freed_tensors_is_kept():
 def test_batches_are_on_the_device_that_is_asked_for():
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     assert [batch.device.type for batch in common.load_batches(images, torch.arange(4).split(2), "meta")] == ["meta", "meta"]
+
+
+# ---- A method of somebody else, as the README describes one -----------------------------------
+
+@pytest.fixture
+def byol(monkeypatch):
+    """A module with the names that figures.py and eval_linear.py could take for a JEPA's."""
+    script = types.ModuleType("byol")
+    exec(BYOL, script.__dict__)
+    monkeypatch.setitem(sys.modules, "byol", script)
+    monkeypatch.setitem(eval_linear.MODELS, "byol", "BYOL")
+    return script
+
+
+BYOL = """
+import copy
+
+import torch
+
+import common
+import eval_linear
+import vicreg
+
+
+class BYOL(torch.nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.online = vicreg.VICReg(args)
+        self.target_encoder = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = vicreg.projector(args.projector[-1], args.projector)
+
+    def forward(self, x_1, x_2):
+        return [self.predictor(z) for z in self.online(x_1, x_2)], self.target_encoder(x_1, x_2)
+
+    def representations(self, x):
+        return {"online": self.online.representations(x)["0"], "target": self.target_encoder.representations(x)["0"]}
+
+
+def transformations(args):
+    return (common.View((0.8, 1.0)),) * 2
+
+
+def training_step(model, x, args, generator):
+    p, z = model(*(common.augment(x, view, args.image_size, generator) for view in transformations(args)))
+    similarity = torch.cosine_similarity(torch.cat(p), torch.cat(z[::-1])).mean()
+    return -similarity, {"minus_similarity": -similarity}, {"online": common.gather(p[0]), "target": common.gather(z[0])}
+
+
+@torch.no_grad()
+def update_target(model, args, progress):
+    for target, online in zip(model.target_encoder.parameters(), model.online.parameters()):
+        target.lerp_(online, 1 - args.ema)
+
+
+def arguments(argv=None):
+    parser = common.Parser("BYOL")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--projector", type=common.widths, default="256-256")
+    parser.add_argument("--ema", type=float, default=0.9)
+    parser.add_argument("--optimizer", default="muon")
+    common.add_common_arguments(parser, method="byol", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
+    return common.parse(parser, argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    data = common.load_dataset(args)
+    torch.manual_seed(args.seed)
+    features = common.train(args, BYOL(args), training_step, data, update_target)
+    eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
+"""
+
+
+def test_a_method_of_ones_own_is_trained_resumed_judged_and_drawn(byol, tiny_run):
+    whole, cut = tiny_run("byol"), tiny_run("byol", stop_after=1)
+    tiny_run("byol", "--resume", out=cut)
+    whole, cut = ([common.load_checkpoint(out / "checkpoint.pt"), json.loads((out / "eval.json").read_text()), out] for out in (whole, cut))
+    assert all(torch.equal(value, cut[0]["model"][name]) for name, value in whole[0]["model"].items()) and whole[1] == cut[1]
+    assert whole[1]["levels"].keys() == {"online", "target"} and whole[1]["levels"] != whole[1]["baselines"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_shapes", conftest.tiny_shapes)
+        figures.main([str(whole[2] / "checkpoint.pt"), "--images", "60"])
+    assert {path.stem for path in whole[2].glob("*.png")} == {"curves", "tsne", "class", "accuracy", "spectrum"} and (whole[2] / "index.html").exists()
+
+
+@pytest.mark.parametrize("term, scale", [(-0.5, "linear"), (0.5, "log")])
+def test_terms_are_drawn_whatever_their_sign(tmp_path, monkeypatch, term, scale):
+    made, figure = [], common.Figure
+    monkeypatch.setattr(common, "Figure", lambda **options: made.append(figure(**options)) or made[-1])
+    common.draw_curves([{"epoch": 1, "loss": term, "term": term, "effective_rank": {"0": 1.0}, "feature_std": {"0": 1.0}}], tmp_path / "curves.png")
+    low, high = made[0].axes[1].get_ylim()
+    assert made[0].axes[1].get_yscale() == scale and low < term < high
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lars"])
+def test_a_weight_that_the_loss_does_not_reach_is_named(byol, tiny_run, monkeypatch, optimizer):
+    build = byol.BYOL.__init__
+    monkeypatch.setattr(byol.BYOL, "__init__", lambda self, args: build(self, args) or setattr(self, "head", nn.Linear(2, 2)))
+    with pytest.raises(common.RunFailed, match="the loss does not reach head.weight"):
+        tiny_run("byol", "--optimizer", optimizer)
+
+
+def test_terms_that_change_end_the_run_and_leave_what_was_saved(byol, tiny_run, tmp_path, monkeypatch):
+    step, calls = byol.training_step, []
+
+    def changing(*args):                       # from the second epoch on
+        loss, terms, embeddings = step(*args)
+        calls.append(loss)
+        return loss, {**terms, "later": loss} if len(calls) > 2 else terms, embeddings
+
+    monkeypatch.setattr(byol, "training_step", changing)
+    with pytest.raises(common.RunFailed, match="terms of step 2 are loss, minus_similarity, later, of those before loss, minus_similarity"):
+        tiny_run("byol", "--batch-size", "64", out=tmp_path / "run")
+    assert len(common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
+
+
+def test_images_that_are_not_bytes_are_refused(byol, tmp_path, monkeypatch):
+    """Scaled to [0, 1] they would be black."""
+    monkeypatch.setattr(common, "load_shapes", lambda args: common.Dataset(torch.rand(128, 3, 32, 32), torch.zeros(1), {}, torch.zeros(1), {}))
+    with pytest.raises(common.Unusable, match="the images are torch.float32, not torch.uint8"):
+        byol.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_that_does_not_exist_is_refused(byol, tiny_run):
+    with pytest.raises(common.Unusable, match="--optimizer: there is no sgd, only muon, adamw and lars"):
+        tiny_run("byol", "--optimizer", "sgd")
