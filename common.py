@@ -1035,7 +1035,8 @@ def train(args, model, training_step, data, after_step=None):
         forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
-        unread, saved, names = [], time.monotonic(), None
+        unread, saved = [], time.monotonic()
+        names = history[0].keys() - LOGGED - {"knn"} if history else None
 
         for step, images in zip(range(first, steps), load_batches(data.images, draw_batches(data.images, args, first, steps), device)):
             epoch, i = divmod(step, per_epoch)
@@ -1059,10 +1060,10 @@ def train(args, model, training_step, data, after_step=None):
                 optimizer.step()                                  # Muon's matrix products, that is
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
-            terms = {"loss": loss, **terms}
-            names = names or terms.keys()
+            names = terms.keys() if names is None else names
             if terms.keys() != names:
-                raise RunFailed(f"the terms of step {step} are {', '.join(terms)}, of those before {', '.join(names)}: one that is off is 0")
+                raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}: one that is off is 0")
+            terms = {"loss": loss, **terms}
             unread.append(torch.stack([term.detach() for term in terms.values()]))
             bar.update()
 
