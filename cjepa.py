@@ -12,14 +12,16 @@ how they and the defaults differ from the paper. s_hat [B, M, Nt, D]: prediction
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
-with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). v and c are to guard against collapse beside the EMA,
-s to get the mean of the patches right. Without an EMA and with AdamW 0.001 is too little here, 0.1 is enough (README, "Break it
-and see"). Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean squared difference;
-v, the variance: how far the spread of each dimension falls short of 1; c, the covariance: what dimensions have in common.
-As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their sum.
-This script was written from a review of the paper, which does not say which means of which "augmented views" Z and Z' are.
-The choice here is ours: of the one crop of each image, the views are the M mean predictions, one per block, and the terms are
-averaged over all pairs of blocks; --views target is the other reading, the mean prediction and the mean target.
+with the published beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). v and c are to guard against collapse
+beside the EMA, s to get the mean of the patches right. Without an EMA and with AdamW 0.001 is too little here, 0.1 is enough
+(README, "Break it and see"). Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean
+squared difference; v, the variance: how far the spread of each dimension falls short of 1; c, the covariance: what dimensions
+have in common. As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their
+sum.
+This script was written from a review of the paper, which lacks the coefficients, swaps the two encoders in a caption, and does
+not say what the "augmented views" are whose means are Z and Z'. The choice here is ours: an image has one crop; its views are
+the M predictions, one per block, and the terms are averaged over all pairs of blocks. --views target is the other reading: the
+mean prediction and the mean target.
 """
 import copy
 import itertools
@@ -60,7 +62,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank fall in the log.
+    ## This term is what spreads information over dimensions. Set its weight to 0, and in the log effective_rank falls to 1: one direction.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -68,7 +70,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
-    """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
+    """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name.
@@ -91,10 +93,10 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     """
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
-        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss
+        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss, with --loss l2
     ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
     ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
-    return F.smooth_l1_loss(s_hat, s_y)
+    return F.smooth_l1_loss(s_hat, s_y)                                   # the default
 
 
 # ---- masks ----------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class Predictor(nn.Module):
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
-        asked = self.blocks[-1](tokens, last=Nt)                          # for the asked tokens alone: no one reads the others  [B M, Nt, d]
+        asked = self.blocks[-1](tokens, last=Nt)                          # Nt queries, all keys: no one reads the others  [B M, Nt, d]
         return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
 
 
@@ -226,11 +228,12 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, what to watch for collapse) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which goes on with loss.backward() and optimizer.step()."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images: one Nc
+    _, world = common.process()                                                             # 1 without torchrun; then share takes all
+    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images: one Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)                      # take: the s_y(i) [B, M, Nt, D]
@@ -239,9 +242,9 @@ def training_step(model, images, args, generator):
         pairs = list(itertools.combinations(z.unbind(1), 2))              # of (Z, Z'), each [B, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## The M predictions of one image are views of it that no one had to design. s makes their means agree: they tell of the whole
-    ## image or, without v, are one constant. v makes images differ, c makes dimensions say different things.
-    losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
+    ## The M predictions of one image are views of it that no one had to design. s makes their means agree: by telling of the whole
+    ## image, or by being one constant, which v forbids: it keeps images apart. c makes dimensions say different things.
+    losses, parts = zip(*(vicreg_loss(z_i, z_j, lambda_=args.beta_sim, mu=args.beta_std, nu=args.beta_cov) for z_i, z_j in pairs))
     loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
     terms = {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
@@ -251,11 +254,9 @@ def training_step(model, images, args, generator):
 @torch.no_grad()
 def update_target(model, args, progress):
     """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1; with args.ema = 0 it stays 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient. Both may then drift towards a constant: in our
-    ## runs they do with AdamW, less with an EMA or with Muon in the encoder. With a gradient through the target, too, AdamW's
-    ## collapse is complete within an epoch (README, "Break it and see"). How slow the target is depends on the number of
-    ## steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. An m that ends at 1, as published,
-    ## slows the target down too soon in a run of a few thousand steps.
+    ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift towards one
+    ## constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some 250 steps, and was chosen
+    ## for runs of some 375,000. An m that ends at 1, as published, slows the target down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA

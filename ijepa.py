@@ -5,8 +5,8 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y is cut into N patches. A target encoder sees all of them, a context encoder only those at the indices B_x, the
-paper's x. From their features a predictor computes what the target encoder makes of M hidden blocks, at the indices B_i:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only the visible ones, the paper's x, at
+the indices B_x. From their features a predictor computes what the target encoder makes of M hidden blocks, at the indices B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
@@ -14,16 +14,16 @@ paper's x. From their features a predictor computes what the target encoder make
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
-In shapes B is the number of images and D that of features; in the loss D is the paper's distance.
+In shapes B is the number of images and D that of features; B_x and B_i are sets of indices, and in the loss D is the paper's distance.
 
 Where this script differs from the paper: from the authors' code (facebookresearch/ijepa) come the layer norm of s_y, crops
 without flips (no other augmentation), and by default D as smooth-L1, averaged over everything; --loss l2 is the paper's sum.
-A block's size is drawn among the whole-patch rectangles in the published ranges; as in the authors' code none spans a full
-side, but here one may where nothing else fits (so the context square has one size on grids up to 25). The authors round
-to the grid, may leave the ranges, and never reach the grid's last row and column. Weights are Xavier's: at width 768 their
-standard deviation is up to 1.8 times the authors' 0.02, a value too small for small networks. --recipe paper sets the
-published numbers (PAPER, below). The defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement
-at 32 px on two CPU cores.
+A block's size is drawn among the whole-patch rectangles in the published ranges. None spans a full side, but where nothing
+else fits: up to 25 x 25 patches the context square is the whole image, or all but one row and column. The authors' code rounds
+a block to the grid, so that it may leave the ranges, and never reaches the grid's last row and column. Weights are Xavier's: at
+width 768 their standard deviation is up to 1.8 times the authors' 0.02, a value too small for small networks. --recipe paper sets
+the published numbers (PAPER, below). The defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at
+32 px on two CPU cores.
 """
 import copy
 
@@ -45,10 +45,10 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     """
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
-        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss
+        return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss, with --loss l2
     ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
     ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
-    return F.smooth_l1_loss(s_hat, s_y)
+    return F.smooth_l1_loss(s_hat, s_y)                                   # the default
 
 
 # ---- masks ----------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Predictor(nn.Module):
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
-        asked = self.blocks[-1](tokens, last=Nt)                          # for the asked tokens alone: no one reads the others  [B M, Nt, d]
+        asked = self.blocks[-1](tokens, last=Nt)                          # Nt queries, all keys: no one reads the others  [B M, Nt, d]
         return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
 
 
@@ -180,11 +180,12 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, what to watch for collapse) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which goes on with loss.backward() and optimizer.step()."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images: one Nc
+    _, world = common.process()                                                             # 1 without torchrun; then share takes all
+    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images: one Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
@@ -195,11 +196,9 @@ def training_step(model, images, args, generator):
 @torch.no_grad()
 def update_target(model, args, progress):
     """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1; with args.ema = 0 it stays 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient. Both may then drift towards a constant: in our
-    ## runs they do with AdamW, less with an EMA or with Muon in the encoder. With a gradient through the target, too, AdamW's
-    ## collapse is complete within an epoch (README, "Break it and see"). How slow the target is depends on the number of
-    ## steps: 0.996 averages over some 250, and was chosen for runs of some 375,000. An m that ends at 1, as published,
-    ## slows the target down too soon in a run of a few thousand steps.
+    ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift towards one
+    ## constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some 250 steps, and was chosen
+    ## for runs of some 375,000. An m that ends at 1, as published, slows the target down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA

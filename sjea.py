@@ -6,14 +6,18 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py --stacks 2 --dataset stl10
 
 A second encoder reads the *map* of the first, before pooling, and each stack has its own VICReg loss. In z0_1 the 0 is the
-stack and the 1 the view. For both views x_k, k = 1, 2, of a batch of n = B images:
+stack and the 1 the view. For both views x_k = t_k(x), k = 1, 2, of a batch of n = B images:
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
     loss = loss0 + loss1; each flows back through its own stack and all below, in one step
 
-In the paper f[0], h[0] are f1, h1 (Algorithm 1) or f_theta, h_theta (section 3), f[1], h[1] are f2, h2 or f_xi, h_xi; h is the
-"projector" or "expander". Pooling stands in section 3.2. C is 512 at width 64 (ResNet-18); at 32 px, m = 4 and m' = 1. The loss l of a stack:
+    here           t_k             x_k    f[0], h[0]          y0_k, z0_k        f[1], h[1]      y1_k, z1_k
+    Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
+    section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
+
+h is the "projector" or "expander"; pooling stands in section 3.2. C is 512 at width 64 (ResNet-18); at 32 px stack 1 reads maps of
+m = 4 and makes maps of m' = 1. The loss l of a stack:
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
@@ -21,21 +25,22 @@ In the paper f[0], h[0] are f1, h1 (Algorithm 1) or f_theta, h_theta (section 3)
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2)
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' codes, to which the
-coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved. Algorithm 1 prints y1_1 = f2(y1_1), a slip for
-f2(y0_1). Figure 1 speaks of a weighted sum of the losses: --stack-weights, all 1 by default. Section 4.3 speaks of a stack that reads
-the projector's embeddings; here, as in section 3.2, it reads the map y0 in every column of Table 3.
-Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell at 32 px), and so
-does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, bit for bit.
+Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' codes, to which
+the coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved. Algorithm 1 prints y1_1 = f2(y1_1), a
+slip for f2(y0_1), section 3.1 f_theta(X2) for f_theta(V2). Figure 1 speaks of a weighted sum of the losses: --stack-weights,
+all 1 by default. Section 4.3 speaks of a stack that reads the projector's embeddings; here, as in section 3.2, it reads the map
+y0 in every column of Table 3.
+Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell to read at 32 px), and
+so does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, bit for bit.
 
-The paper's setting with its authors' code's optimizer, Adam at 1e-3 (--lr is the rate for a batch of 256), is
+The paper's setting with its authors' code's optimizer, Adam at 1e-3 = 0.002 x 128 / 256 (--lr is the rate for a batch of 256), is
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
---projectors 10 because Table 1's figures are those of Table 3's column with h1 and without h2. Batch size and
-projector are the authors' code's; weight decay, warm-up and cosine are ours. With both projectors stack 0 has 11.43 M parameters,
-stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: 11.6 and 23.2). The defaults suit minutes on two CPU
-cores: width 16 (so C = 128), Muon, nu = 8, on shapes crops of 0.8 or more.
+--projectors 10 because Table 1's figures are those of Table 3's column with a projector on stack 0 and none on stack 1. Batch size and
+projector are the authors' code's; weight decay, warm-up and cosine are ours. Without --projectors 10, so with both, stack 0 has 11.43 M
+parameters, stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: 11.6 and 23.2). The defaults suit minutes on two
+CPU cores: width 16 (so C = 128), Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -73,7 +78,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank fall in the log.
+    ## This term is what spreads information over dimensions. Set its weight to 0, and in the log effective_rank falls to 1: one direction.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -81,7 +86,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
-    """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
+    """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name.
@@ -175,10 +180,10 @@ def training_step(model, x, args, generator):
     loss, terms, embeddings = 0, {}, {}
     for stack, z in enumerate(model(x_1, x_2)):
         z_1, z_2 = map(common.gather, z)                                  # [n, d], of all processes
-        loss_k, terms_k = (vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu) if args.base == "vicreg"    # S-JEA Eq. (1)
+        loss_stack, terms_stack = (vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu) if args.base == "vicreg"    # S-JEA Eq. (1)
                            else barlow_twins_loss(z_1, z_2))
-        loss = loss + args.stack_weights[stack] * loss_k                  # S-JEA Algorithm 1: loss0 + loss1
-        terms |= {f"{name}_{stack}": term for name, term in terms_k.items()}
+        loss = loss + args.stack_weights[stack] * loss_stack                  # S-JEA Algorithm 1: loss0 + loss1
+        terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}
         embeddings[str(stack)] = z_1                                      # for the log's effective rank; one view is enough
     return loss, terms, embeddings
 
@@ -191,7 +196,7 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is on stack 0 and none on stack 1 (default: all)")
+    add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is one on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")

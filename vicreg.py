@@ -58,7 +58,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0 and watch effective_rank fall in the log.
+    ## This term is what spreads information over dimensions. Set its weight to 0, and in the log effective_rank falls to 1: one direction.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -66,7 +66,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
-    """l(Z, Z') of VICReg Eq. (6) in the authors' convention.
+    """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name.
