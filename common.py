@@ -809,8 +809,8 @@ def positions(grid_size, width):
 
 def initialise(transformer):
     """Xavier's uniform weights, no biases; the last layer of either branch of block l scaled by 1 / sqrt(2 l)."""
-    ## The authors draw all weights with a standard deviation of 0.02. At width 768 that is nearly the same (0.023 to
-    ## 0.036); at width 96 what is left of a patch's content is a fifth of its position, and a JEPA learns positions.
+    ## The authors draw all weights with a standard deviation of 0.02 (their scaling by depth is drawn over). At width 768 that is near
+    ## Xavier's, 0.023 to 0.036; at width 96 what it leaves of a patch's content is a fifth of its position, and a JEPA learns positions.
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -962,7 +962,7 @@ def orthogonalise(g):
 
 
 def make_optimizer(model, args):
-    """AdamW, LARS or Muon; weight decay (and LARS's scaling, Muon's steps) for weights alone, not for biases, norms and the mask token."""
+    """AdamW, LARS or Muon; weight decay (and LARS's scaling, Muon's steps) for weights alone, not for biases, norms and the mask token (which I-JEPA's authors' code decays)."""
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -1377,7 +1377,7 @@ def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):
     """Top-1 accuracy in [0, 1] of the weighted k-nearest-neighbour vote (Wu et al. 2018, section 3.4).
 
     features [N, D], labels [N], the same for test. Each of the k neighbours most similar by cosine
-    votes with weight exp(similarity / temperature). k and temperature are S-JEA's authors' defaults.
+    votes with weight exp(similarity / temperature). k and temperature are those of S-JEA's authors' code during pre-training (at its end: k = 200).
     """
     features, test_features = F.normalize(features, dim=1), F.normalize(test_features, dim=1)
     labels, test_labels = labels.to(features.device), test_labels.to(features.device)

@@ -121,7 +121,7 @@ def one_class(runs):
 
 
 def covariance(runs):
-    """The covariance term of every stack over training; give a second run with --stack-weights to compare (S-JEA Figure 4)."""
+    """The covariance term of every stack over training; give a second run with a lower --nu to compare (S-JEA Figure 4)."""
     return over_epochs(runs, "covariance term c(Z), unweighted",
                        lambda row: {name.removeprefix("covariance").strip("_") or "0": value for name, value in row.items() if name.startswith("covariance")})
 

@@ -18,12 +18,14 @@ In shapes B is the number of images and D that of features; B_x and B_i are sets
 
 Where this script differs from the paper: from the authors' code (facebookresearch/ijepa) come the layer norm of s_y, crops
 without flips (no other augmentation), and by default D as smooth-L1, averaged over everything; --loss l2 is the paper's sum.
-A block's size is drawn among the whole-patch rectangles in the published ranges. None spans a full side, but where nothing
-else fits: up to 25 x 25 patches the context square is the whole image, or all but one row and column. The authors' code rounds
-a block to the grid, so that it may leave the ranges, and never reaches the grid's last row and column. Weights are Xavier's: at
-width 768 their standard deviation is up to 1.8 times the authors' 0.02, a value too small for small networks. --recipe paper sets
-the published numbers (PAPER, below). The defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at
-32 px on two CPU cores.
+A block's size is drawn among the whole-patch rectangles in the published ranges. None spans a full side, but where nothing else
+fits: up to 25 x 25 patches the context square is the whole image, or all but one row and column. The authors' code takes a
+block's area and shape from one random number and rounds, so that it may leave the ranges, and never reaches the grid's last row
+and column. Weights are Xavier's, the last layers of each block scaled down with its depth: at width 768 standard deviations of
+0.005 to 0.042, where the authors' code has 0.02, a value too small for small networks. --recipe paper sets the published
+numbers (PAPER, below), with a warm-up from near 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not
+the paper's line. The defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at 32 px on two CPU
+cores.
 """
 import copy
 
@@ -77,7 +79,7 @@ def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
     ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
     ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128 (the paper's
-    ## table: 0.25): the context depends on the batch size. The first patches, row by row, stay, as in the authors' code, so with
+    ## table: 0.25): the context depends on the batch size (in the authors' code on each GPU's). The first patches, row by row, stay, as in the authors' code, so with
     ## four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the True first, in their order.)
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 

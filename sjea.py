@@ -28,8 +28,9 @@ m = 4 and makes maps of m' = 1. The loss l of a stack:
 Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' codes, to which
 the coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved. Algorithm 1 prints y1_1 = f2(y1_1), a
 slip for f2(y0_1), section 3.1 f_theta(X2) for f_theta(V2). Figure 1 speaks of a weighted sum of the losses: --stack-weights,
-all 1 by default. Section 4.3 speaks of a stack that reads the projector's embeddings; here, as in section 3.2, it reads the map
-y0 in every column of Table 3.
+all 1 by default. Section 4.3 speaks of a stack that reads the projector's embeddings, and the authors' published code
+(AlzbetaM/S-JEA) lays those 256 numbers out as an image of 16 x 16 with one channel for stack 1; here, as in section 3.2, it
+reads the map y0 in every column of Table 3.
 Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell to read at 32 px), and
 so does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, bit for bit.
 
@@ -37,10 +38,11 @@ The paper's setting with its authors' code's optimizer, Adam at 1e-3 = 0.002 x 1
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
---projectors 10 because Table 1's figures are those of Table 3's column with a projector on stack 0 and none on stack 1. Batch size and
-projector are the authors' code's; weight decay, warm-up and cosine are ours. Without --projectors 10, so with both, stack 0 has 11.43 M
-parameters, stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: 11.6 and 23.2). The defaults suit minutes on two
-CPU cores: width 16 (so C = 128), Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
+--projectors 10 because Table 1's figures are those of Table 3's column with a projector on stack 0 and none on stack 1. Batch
+size, crops and projector (but for a bias in its last layer, which no term feels) are the authors' code's; weight decay, warm-up
+and cosine are ours. Without --projectors 10, so with both, stack 0 has 11.43 M parameters, stack 1, whose stem reads 512
+channels, 11.73 M, together 23.16 M (Table 2: 11.6 and 23.2). The defaults suit minutes on two CPU cores: width 16 (so C = 128),
+Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -168,7 +170,8 @@ def transformations(args):
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## VICReg's two views differ: above 64 px the first is always blurred, the second rarely; that one is at times solarized.
+    ## In VICReg's authors' code the two views differ: above 64 px the first is always blurred, the second rarely; that one is at times
+    ## solarized. (The paper's are alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
@@ -201,19 +204,19 @@ def arguments(argv=None):
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3, as in S-JEA's authors' code; --augmentation vicreg: 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), for batches above 256")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), VICReg's")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
     # An optimizer has a rate and a decay of its own, for which argv is read ahead.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
     args = common.parse(parser, argv)
-    args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08)
+    args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08 if args.augmentation == "vicreg" else 0.3)
     args.projectors = args.projectors or "1" * args.stacks
     args.stack_weights = args.stack_weights or [1.0] * args.stacks
     if len(args.projectors) != args.stacks or set(args.projectors) - set("01"):

@@ -16,11 +16,12 @@ Two random views x_1, x_2 of every image go through one encoder f and one projec
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
     Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
 
-Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's letter,
-because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, and the
-variance term is halved. S-JEA's code and lightly do the same; solo-learn does not halve. The default
-settings suit minutes on two CPU cores: width 16 (so [n, 128] above), the optimizer Muon, S-JEA's augmentation,
-and nu = 8, with which AdamW learns more at a small d (results/README.md). The paper's are flags.
+Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's equations,
+because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, as in the
+paper's Algorithm 1, and the variance term is halved, as in S-JEA's code and lightly, but not in
+Algorithm 1 and solo-learn. The default settings suit minutes on two CPU cores: width 16 (so [n, 128]
+above), the optimizer Muon, S-JEA's augmentation, and nu = 8, with which AdamW learns more at a
+small d (results/README.md). The paper's are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,8 @@ def transformations(args):
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## VICReg's two views differ: above 64 px the first is always blurred, the second rarely; that one is at times solarized.
+    ## In VICReg's authors' code the two views differ: above 64 px the first is always blurred, the second rarely; that one is at times
+    ## solarized. (The paper's are alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
@@ -141,19 +143,19 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.08; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3, as in S-JEA's authors' code; --augmentation vicreg: 0.08; shapes: 0.8)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), for batches above 256")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), VICReg's")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
     # An optimizer has a rate and a decay of its own, for which argv is read ahead.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
     args = common.parse(parser, argv)
-    args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08)
+    args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08 if args.augmentation == "vicreg" else 0.3)
     return args
 
 

@@ -130,7 +130,7 @@ def test_taps_that_see_only_padding_get_no_gradient(shapes_64):
 
 @pytest.mark.parametrize("size, stack_1_reads", [(32, (512, 4, 4)), (96, (512, 3, 3)), (8, (512, 1, 1))])
 def test_later_stacks_adapt_to_the_map(size, stack_1_reads):
-    """CIFAR's and STL-10's maps as the paper gives them, and a map of one cell; three stacks."""
+    """The maps of CIFAR's and STL-10's sizes, and a map of one cell; three stacks."""
     args = sjea.arguments(["--width", "64", "--projector", "8-8", "--image-size", str(size), "--stacks", "3"])
     model = sjea.SJEA(args).train()
     maps = model.maps(torch.randn(2, 3, size, size))

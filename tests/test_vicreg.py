@@ -91,6 +91,11 @@ def test_recipes_are_the_published_ones():
     assert all((v.p_flip, v.p_jitter, v.jitter, v.p_grey) == (0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2) for v in large)
     t_1, t_2 = vicreg.transformations(vicreg.arguments(["--augmentation", "sjea"]))
     assert t_1 == t_2 and (t_1.jitter, t_1.p_jitter, t_1.p_grey, t_1.p_blur) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)
+    for method in (vicreg, sjea):
+        smallest = lambda *flags: method.transformations(method.arguments([*flags]))[1].crop_scale
+        assert smallest("--dataset", "cifar10") == (0.3, 1.0)                                # S-JEA's authors' global_scale
+        assert smallest("--dataset", "cifar10", "--augmentation", "vicreg") == (0.08, 1.0)
+        assert smallest("--augmentation", "vicreg") == (0.8, 1.0)                            # shapes
 
 
 def read_log(out):
