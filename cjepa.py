@@ -69,11 +69,11 @@ def covariance(z):
     return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
 
 
-def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
+def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name.
+    a scalar, and the three unweighted terms by name, scalars too.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))

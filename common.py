@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -164,6 +165,7 @@ def keep_memory():
 def command_line(main):
     """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
     keep_memory()
+    sys.modules[Path(sys.argv[0]).stem] = sys.modules["__main__"]         # eval_linear.py judges by this script, not by what the file may be by then
     if int(os.environ.get("RANK", 0)) > 0:     # of torchrun's processes the first alone prints
         sys.stdout = open(os.devnull, "w")
     code = 1
@@ -991,7 +993,7 @@ def weight_decay(step, steps, start, end):
 # ---- Training --------------------------------------------------------------------------------
 
 def train(args, model, training_step, data, after_step=None):
-    """Train `model` on data.images and leave config, log, checkpoint and curves in args.out.
+    """Train `model` on data.images and leave config, script, log, checkpoint and curves in args.out.
 
     training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise, its parts {name: scalar
     tensor}, the same names at every step, and {level: [n, d]} of all processes to watch for collapse, before any normalisation. It
@@ -1022,21 +1024,24 @@ def train(args, model, training_step, data, after_step=None):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=memory_format(device)).train()
     optimizer = make_optimizer(model, args)
-    first, sums, seconds, history, features = 0, [], 0.0, [], None    # sums and seconds: of the epoch so far
+    first, so_far, seconds, history, features = 0, {}, 0.0, [], None    # so_far, {term: its values}, and seconds are of this epoch
 
     with claimed(out, args.resume) if rank == 0 else nullcontext(), stop_signals() as signals, \
             tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
         if args.resume:
-            first, sums, seconds, history = restore(args, model, optimizer, len(data.images))
+            first, so_far, seconds, history = restore(args, model, optimizer, len(data.images))
         config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
         write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
+        keep_script(training_step, out, args.resume)
+        if first == steps and rank == 0:
+            tqdm.write(f"all {args.epochs} epochs in {out} are done: nothing is trained, they are judged again", file=sys.stderr)
         if history:
             write_log(history, out)                # the run may have been cut off between its checkpoint and its log
         forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
         unread, saved = [], time.monotonic()
-        names = history[0].keys() - LOGGED - {"knn"} if history else None
+        names = history[0].keys() - LOGGED - OPTIONAL if history else so_far.keys() - LOGGED or None
 
         for step, images in zip(range(first, steps), load_batches(data.images, draw_batches(data.images, args, first, steps), device)):
             epoch, i = divmod(step, per_epoch)
@@ -1064,6 +1069,8 @@ def train(args, model, training_step, data, after_step=None):
             if terms.keys() != names:
                 raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}: one that is off is 0")
             terms = {"loss": loss, **terms}
+            if bad := [name for name, term in terms.items() if not isinstance(term, torch.Tensor) or term.ndim]:
+                raise RunFailed(f"{bad[0]} is not a scalar tensor")
             unread.append(torch.stack([term.detach() for term in terms.values()]))
             bar.update()
 
@@ -1074,7 +1081,7 @@ def train(args, model, training_step, data, after_step=None):
             stop, save, ask = from_first((signals[:1], last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes,
                                           i + min(20, 1 + int(5 / pace))))
             if save or world > 1 or i % 20 == 0:                  # reading a value waits for the device
-                sums = add_up(sums, average(torch.stack(unread)).tolist(), list(terms), step)
+                collect(so_far, average(torch.stack(unread)).tolist(), list(terms), step)
                 bar.set_postfix(loss=f"{unread[-1][0]:.3f}", refresh=False)
                 unread = []
             if not save:
@@ -1083,19 +1090,20 @@ def train(args, model, training_step, data, after_step=None):
                 raise RunFailed(f"the weights are not finite after step {step}; what was saved is from before. Try a lower --lr.")
             seconds = time.perf_counter() - began
             if last:
-                row = {"epoch": epoch + 1, **{name: total / per_epoch for name, total in zip(terms, sums)},
+                row = {"epoch": epoch + 1, **{name: sum(values) / per_epoch for name, values in so_far.items()},
                        "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
                        "peak_memory_mb": peak_memory_mb(device), "seconds": seconds,
                        "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
-                       "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()}}
+                       "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()},
+                       "curve": {name: [float(f"{part.mean():.4g}") for part in np.array_split(values, min(10, per_epoch))] for name, values in so_far.items()}}
                 if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
                     features = [extract(model, images, args) for images in (data.train_images, data.test_images)]
                     label, y = next(iter(data.train_labels.items()))
                     row["knn"] = {level: knn(z, y, features[1][level], data.test_labels[label]) for level, z in features[0].items()}
                     features = features if step + 1 == steps else None     # while training goes on, the memory is its own
                 history.append(row)
-                sums, seconds = [], 0.0
-            state = {"method": args.method, "config": vars(args), "images": len(data.images), "step": step + 1, "sums": sums, "seconds": seconds,
+                so_far, seconds = {}, 0.0
+            state = {"method": args.method, "config": vars(args), "images": len(data.images), "step": step + 1, "terms": so_far, "seconds": seconds,
                      "history": history, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             write(newest, lambda file: torch.save(state, file), keep=previous)
             saved = time.monotonic()
@@ -1119,14 +1127,26 @@ def draw_batches(images, args, first, steps):
         yield from map(share, order.split(args.batch_size)[max(0, first - epoch * per_epoch):per_epoch])
 
 
-def add_up(sums, unread, names, step):
-    """Add the terms of the last steps up to `step`, each a list of len(names), to sums. Raises RunFailed at one that is not finite."""
+def collect(so_far, unread, names, step):
+    """Append the terms of the last steps up to `step`, each a list of len(names), to so_far[name]. Raises RunFailed at one that is not finite."""
     for t, values in enumerate(unread, step + 1 - len(unread)):
         for name, value in reversed(list(zip(names, values))):                 # the terms before the loss that they make up
             if not math.isfinite(value):
-                raise RunFailed(f"{name} is {value} at step {t}; what was saved is from before. Try a lower --lr.")
-        sums = [total + value for total, value in zip(sums or [0.0] * len(values), values)]
-    return sums
+                raise RunFailed(f"{name} is {value} at step {t}; what was saved is from before. {'Try a lower --lr.' if t else 'The loss itself is at fault: no step was made yet.'}")
+        for name, value in zip(names, values):
+            so_far.setdefault(name, []).append(value)
+
+
+def keep_script(training_step, out, resume):
+    """Keep the script of training_step in `out`, so that a run says which code made it; resumed, say where that is another now."""
+    script = Path(getattr(sys.modules.get(training_step.__module__), "__file__", ""))
+    if not script.is_file():                       # a notebook's cell
+        return
+    kept = out / script.name
+    if not resume or not kept.exists():
+        write(kept, lambda file: file.write(script.read_bytes()))
+    elif kept.read_bytes() != script.read_bytes() and process()[0] == 0:
+        tqdm.write(f"warning: {script.name} is not what it was when this run began: {kept}", file=sys.stderr)
 
 
 LOCKS = []                                     # descriptors of the folder that this process holds
@@ -1181,7 +1201,7 @@ def stop_signals():
 
 
 def restore(args, model, optimizer, images):
-    """Load the checkpoint in args.out into model and optimizer. Returns step, sums, seconds and history.
+    """Load the checkpoint in args.out into model and optimizer. Returns step, so_far, seconds and history.
 
     images: how many there are to train on. Falls back on the checkpoint before, and says so. Raises Unusable where neither can be used.
     """
@@ -1213,12 +1233,13 @@ def restore(args, model, optimizer, images):
                 raise ValueError("the optimizer's moments are not those of its weights")
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise Unusable(f"{path}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
-    if len(state["history"]) != state["step"] // per_epoch or state["step"] > args.epochs * per_epoch:
-        raise Unusable(f"{path}: its log has {len(state['history'])} epochs, which is not where step {state['step']} lies")
+    steps = len(next(iter(state["terms"].values()), ()))
+    if (len(state["history"]), steps) != divmod(state["step"], per_epoch) or state["step"] > args.epochs * per_epoch:
+        raise Unusable(f"{path}: its log has {len(state['history'])} epochs and {steps} steps, which is not where step {state['step']} lies")
     if damage:
         tqdm.write(f"warning: {damage}; going on from {previous}", file=sys.stderr)
         os.replace(previous, out / CHECKPOINTS[0])  # else the next save would keep the damaged one and drop this
-    return state["step"], state["sums"], state["seconds"], state["history"]
+    return state["step"], state["terms"], state["seconds"], state["history"]
 
 
 def report(row, epochs, history):
@@ -1232,7 +1253,7 @@ def report(row, epochs, history):
     for level, rank in row["effective_rank"].items():
         if rank < 2 and not any(past["effective_rank"][level] < 2 for past in history[:-1]):  # one direction is left, or none
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
-                       "Try a lower --lr, a larger variance weight (--mu, --beta-std), a slower target (--ema).", file=sys.stderr)
+                       "Try a lower --lr, more weight on the variance term, a slower target encoder, where the method has them.", file=sys.stderr)
 
 
 def peak_memory_mb(device):
@@ -1279,6 +1300,7 @@ def write(path, save, keep=None):
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 LOGGED = {"epoch", "loss", "lr", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std"}
+OPTIONAL = {"knn", "curve"}                     # not in every row; "curve": the terms in tenths of the epoch
 
 
 def load_checkpoint(path, method=None):
@@ -1297,14 +1319,19 @@ def load_checkpoint(path, method=None):
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
     except Exception as error:                 # torch.load has no common base class for what it raises on foreign bytes
         raise Unusable(f"{path}: not a checkpoint that these scripts wrote: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    fields = {"method": str, "config": dict, "step": int, "sums": list, "seconds": float, "history": list, "model": dict, "optimizer": dict}
+    fields = {"method": str, "config": dict, "step": int, "terms": dict, "seconds": float, "history": list, "model": dict, "optimizer": dict}
+    if isinstance(state, dict):
+        state.setdefault("terms", {})          # older ones have none
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in fields.items()):
         raise Unusable(f"{path}: not a checkpoint that these scripts wrote")
     number = lambda x: isinstance(x, (int, float))
     numbers = lambda x: number(x) or isinstance(x, dict) and all(map(number, x.values()))
+    lists = lambda x: isinstance(x, dict) and all(isinstance(y, list) and all(map(number, y)) for y in x.values())
     log = state["history"]
-    if (not all(isinstance(row, dict) and row.keys() - {"knn"} == log[0].keys() - {"knn"} >= LOGGED and all(map(numbers, row.values())) for row in log)
-            or not all(map(number, state["sums"])) or not all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes
+    if (not all(isinstance(row, dict) and row.keys() - OPTIONAL == log[0].keys() - OPTIONAL >= LOGGED
+                   and all(lists(value) if name == "curve" else numbers(value) for name, value in row.items()) for row in log)
+            or not lists(state["terms"]) or len(set(map(len, state["terms"].values()))) > 1
+            or not all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes
                                                               for value in state["model"].values())):
         raise Unusable(f"{path}: its log or its weights are not as these scripts write them")
     if method and state["method"] != method:
@@ -1316,23 +1343,28 @@ def write_log(history, out):
     """metrics.jsonl and curves.png of all epochs so far."""
     text = "".join(json.dumps(row) + "\n" for row in history)
     write(out / "metrics.jsonl", lambda file: file.write(text.encode()))
-    draw_curves(history, out / "curves.png")
+    figure = draw_curves({"": history})
+    write(out / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
     gc.collect()                               # a figure is full of cycles: uncollected, those of 50 epochs hold 100 MB
 
 
-def draw_curves(history, path):
-    """The log as five small plots over epochs: loss, its terms, effective rank, spread, k-NN accuracy."""
-    epochs = [row["epoch"] for row in history]
+def draw_curves(logs):
+    """{name of a run: its log} as five plots over epochs: loss and its terms (in tenths of an epoch), effective rank, spread, k-NN accuracy.
+
+    A curve has one colour in all runs, a run one style of line.
+    """
     figure = Figure(figsize=(22, 4), layout="constrained")
     axes = figure.subplots(1, 5)
-    terms = [name for name in history[0] if name not in LOGGED | {"knn"}]
-    axes[0].plot(epochs, [row["loss"] for row in history], "o-", label="loss")
-    for name in terms:
-        axes[1].plot(epochs, [row[name] for row in history], "o-", label=name)
-    for axis, field in zip(axes[2:], ("effective_rank", "feature_std", "knn")):
-        rows = [row for row in history if field in row]
-        for level in rows[0][field] if rows else ():
-            axis.plot([row["epoch"] for row in rows], [row[field][level] for row in rows], "o-", label=f"level {level}")
+    for (run, history), line in zip(logs.items(), itertools.cycle(("-", "--", ":", "-."))):
+        draw = lambda axis, k, name, points: axis.plot(*zip(*points), line, color=f"C{k % 10}", marker=".", label=f"{run} {name}".strip())
+        terms = [name for name in history[0] if name not in LOGGED | OPTIONAL]
+        for k, name in enumerate(["loss", *terms]):
+            parts = [(row["epoch"] - 1, row.get("curve", {}).get(name) or [row[name]]) for row in history]
+            draw(axes[min(k, 1)], max(k - 1, 0), name, [(epoch + (i + 1) / len(part), value) for epoch, part in parts for i, value in enumerate(part)])
+        for axis, field in zip(axes[2:], ("effective_rank", "feature_std", "knn")):
+            rows = [row for row in history if field in row]
+            for k, level in enumerate(rows[0][field] if rows else ()):
+                draw(axis, k, f"level {level}", [(row["epoch"], row[field][level]) for row in rows])
     for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank of the embeddings",
                                   "standard deviation of the embeddings", "k-NN accuracy")):
         axis.set(title=title, xlabel="epoch")
@@ -1340,8 +1372,8 @@ def draw_curves(history, path):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    axes[1].set_yscale("log" if all(row[name] >= 0 for row in history for name in terms) else "linear")
-    write(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    axes[1].set_yscale("log" if all(min(curve.get_ydata()) >= 0 for curve in axes[1].lines) else "linear")
+    return figure
 
 
 # ---- Judging a frozen encoder ----------------------------------------------------------------

@@ -3,8 +3,9 @@
     python figures.py runs/sjea-shapes/checkpoint.pt
     python figures.py runs/ijepa-cifar10/checkpoint.pt runs/cjepa-cifar10/checkpoint.pt --only attention
 
-Writes PNG files and index.html beside the first checkpoint; further ones are drawn into the same axes, or
-beside the first. All are drawn from test images (held-out ones after --holdout) and the run's log.
+Writes PNG files and index.html beside the first checkpoint; further ones are drawn into the same axes, or beside the first
+(views, masks, predictions and index.html are of the first alone). All are drawn from test images (held-out ones after
+--holdout) and the run's log.
 """
 import base64
 import contextlib
@@ -35,16 +36,13 @@ MARKERS = "os^vDP*X<>"                         # the next ten classes have the s
 class Run:
     """A checkpoint with its images and, per level, its features of them."""
     path: Path
+    name: str
     args: object
     model: torch.nn.Module
     history: list
     images: torch.Tensor                       # [N, 3, S, S] uint8
     labels: dict                               # {name: [N]}
     features: dict                             # {level: [N, D]}
-
-    @property
-    def name(self):
-        return self.path.resolve().parent.name
 
 
 def load_run(path, options, shared=None):
@@ -58,7 +56,7 @@ def load_run(path, options, shared=None):
         chosen = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:options.images]
         images = torch.cat([*common.load_batches(data.test_images, chosen.split(500), args.device)])
         labels = {name: y[chosen] for name, y in data.test_labels.items()}
-    return Run(path, args, model, common.load_checkpoint(path)["history"], images, labels, common.extract(model, images, args))
+    return Run(path, path.resolve().parent.name, args, model, common.load_checkpoint(path)["history"], images, labels, common.extract(model, images, args))
 
 
 def style(c):
@@ -131,6 +129,11 @@ def accuracy(runs):
     return over_epochs(runs, "k-NN accuracy on test, %", lambda row: {level: 100 * value for level, value in row.get("knn", {}).items()})
 
 
+def compare(runs):
+    """curves.png of two runs and more in one: what did a change do to the loss, its terms, the ranks, the accuracy?"""
+    return common.draw_curves({run.name: run.history for run in runs}) if len(runs) > 1 else None
+
+
 def over_epochs(runs, what, values):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -171,7 +174,7 @@ def spectrum(runs):
     axis = figure.subplots()
     for k, run in enumerate(runs):
         for j, (level, z) in enumerate(run.features.items()):
-            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov()).flip(0).clamp(min=1e-12).cpu()
+            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov().cpu()).flip(0).clamp(min=1e-12)    # .cpu(): mps has no eigvalsh
             axis.plot(range(1, len(eigenvalues) + 1), (eigenvalues / eigenvalues.sum()).numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 4 * j) % 10],
                       label=f"{run.name}: level {level}, effective rank {common.effective_rank(z):.1f}")
     axis.set(title="spectrum of the features' covariance", xlabel="eigenvalue, by size", ylabel="share of the variance", yscale="log", ylim=(1e-7, 1))
@@ -302,7 +305,7 @@ def explorer(run, count=1000):
 
 # ---- main -----------------------------------------------------------------------------------
 
-FIGURES = {"tsne": tsne, "class": one_class, "covariance": covariance, "accuracy": accuracy, "views": views, "spectrum": spectrum,
+FIGURES = {"tsne": tsne, "class": one_class, "compare": compare, "covariance": covariance, "accuracy": accuracy, "views": views, "spectrum": spectrum,
            "masks": masks, "predictions": predictions, "attention": attention}
 
 
@@ -324,6 +327,9 @@ def main(argv=None):
     runs = []
     for path in options.checkpoints:
         runs.append(load_run(path, options, shared=runs[0] if runs else None))
+    if len({run.name for run in runs}) < len(runs):                        # folders of one name
+        for run, path in zip(runs, options.checkpoints):
+            run.name = str(path.parent)
     for name in [options.only] if options.only else (*FIGURES, "index"):
         if name == "index":
             page = explorer(runs[0])
@@ -332,7 +338,7 @@ def main(argv=None):
         else:
             figure = FIGURES[name](runs)
             if figure is None and options.only:
-                raise common.Unusable(f"argument --only: {name} cannot be drawn from a run of {runs[0].args.method}.py")
+                raise common.Unusable(f"argument --only: nothing for {name} in {len(runs)} run{'s' * (len(runs) > 1)} of {runs[0].args.method}.py")
             if figure is None:
                 continue
             path = folder / f"{name}.png"

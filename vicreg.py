@@ -7,7 +7,7 @@ Bardes, Ponce, LeCun 2021, https://arxiv.org/abs/2105.04906
 
 Two random views x_1, x_2 of every image go through one encoder f and one projector h:
 
-    Y = f(X) representations [n, 512], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
+    Y = f(X) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
 
     Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
     Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)
@@ -19,9 +19,9 @@ Two random views x_1, x_2 of every image go through one encoder f and one projec
 Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's equations,
 because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, as in the
 paper's Algorithm 1, and the variance term is halved, as in S-JEA's code and lightly, but not in
-Algorithm 1 and solo-learn. The default settings suit minutes on two CPU cores: width 16 (so [n, 128]
-above), the optimizer Muon, S-JEA's augmentation, and nu = 8, with which AdamW learns more at a
-small d (results/README.md). The paper's are flags.
+Algorithm 1 and solo-learn. The default settings suit minutes on two CPU cores: width 16 (so C = 128
+instead of ResNet-18's 512), the optimizer Muon, S-JEA's augmentation, and nu = 8, with which AdamW
+learns more at a small d (results/README.md). The paper's are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,11 @@ def covariance(z):
     return (C.pow(2).sum() - C.diagonal().pow(2).sum()) / d               # VICReg Eq. (4)
 
 
-def vicreg_loss(z_1, z_2, lambda_=25.0, mu=25.0, nu=1.0):
+def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name.
+    a scalar, and the three unweighted terms by name, scalars too.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -103,11 +103,11 @@ class VICReg(nn.Module):
 
     def forward(self, x_1, x_2):
         """Two views [B, 3, H, W] -> their embeddings [B, d]."""
-        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, 512, h, w]
+        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, C, h, w]
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
     def representations(self, x):
-        """{level: [B, 512]}: what common.train and eval_linear judge, f's pooled map."""
+        """{level: [B, C]}: what common.train and eval_linear judge, f's pooled map."""
         return {"0": pool(self.f(x))}
 
 

@@ -58,6 +58,11 @@ def test_the_loss_is_ijepas_and_the_weighted_terms(views, shapes_64):
     assert [terms[name].item() for name in ("invariance", "variance", "covariance")] == pytest.approx([sim.item(), std.item(), cov.item()], rel=1e-4)
 
 
+def test_the_weights_of_the_terms_are_the_published_ones():
+    args = cjepa.arguments([])
+    assert (args.beta_vicreg, args.beta_sim, args.beta_std, args.beta_cov) == (0.001, 25, 25, 1)
+
+
 def test_every_term_alone_reaches_the_context_encoder(shapes_64):
     gradients = {}
     for flag in (None, "--beta-sim", "--beta-std", "--beta-cov"):

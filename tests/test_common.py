@@ -808,7 +808,7 @@ def test_effective_rank():
 
 # ---- Files -----------------------------------------------------------------------------------
 
-STATE = {"method": "vicreg", "config": {"seed": 3}, "step": 2, "sums": [0.5], "seconds": 0.5, "history": [],
+STATE = {"method": "vicreg", "config": {"seed": 3}, "step": 2, "terms": {}, "seconds": 0.5, "history": [],
          "model": {"w": torch.arange(1000.0)}, "optimizer": {"state": {}}}
 
 
@@ -957,11 +957,19 @@ def test_a_method_of_ones_own_is_trained_resumed_judged_and_drawn(byol, tiny_run
     assert {path.stem for path in whole[2].glob("*.png")} == {"curves", "tsne", "class", "accuracy", "spectrum"} and (whole[2] / "index.html").exists()
 
 
+def test_shapes_are_two_seeds_of_their_own(monkeypatch):
+    """The same images for every --seed, none of them in both parts."""
+    made = []
+    monkeypatch.setattr(common, "make_shapes", lambda *given: made.append(given) or (torch.zeros(0), {}))
+    common.load_shapes(sjea.arguments(["--seed", "5", "--image-size", "48"]))
+    assert made == [(20000, 48, 1), (4000, 48, 2)]
+
+
 @pytest.mark.parametrize("term, scale", [(-0.5, "linear"), (0.5, "log")])
-def test_terms_are_drawn_whatever_their_sign(tmp_path, monkeypatch, term, scale):
+def test_terms_are_drawn_whatever_their_sign(monkeypatch, term, scale):
     made, figure = [], common.Figure
     monkeypatch.setattr(common, "Figure", lambda **options: made.append(figure(**options)) or made[-1])
-    common.draw_curves([{"epoch": 1, "loss": term, "term": term, "effective_rank": {"0": 1.0}, "feature_std": {"0": 1.0}}], tmp_path / "curves.png")
+    common.draw_curves({"": [{"epoch": 1, "loss": term, "term": term, "effective_rank": {"0": 1.0}, "feature_std": {"0": 1.0}}]})
     low, high = made[0].axes[1].get_ylim()
     assert made[0].axes[1].get_yscale() == scale and low < term < high
 

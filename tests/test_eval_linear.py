@@ -82,8 +82,13 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
         expected = eval_linear.linear_probe(pixels[0], data.train_labels["style"], pixels[1], data.test_labels["style"])[0]
         assert result["baselines"]["raw pixels"]["linear_top1"] == pytest.approx(expected, abs=0.04)
 
-    torch.manual_seed(args.seed)
     untrained = eval_linear.untrained(args)
+    for k in ("0", "1"):
+        x, x_test = (common.extract(untrained, images, args)[k] for images in (data.train_images, data.test_images))
+        nearest = KNeighborsClassifier(80, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1)).fit(x.numpy(), data.train_labels["style"]).score(x_test.numpy(), data.test_labels["style"])
+        assert result["baselines"][f"untrained {k}"]["knn_top1"] == pytest.approx(nearest, abs=0.01)
+    assert re.search(r"level +linear top-1 % +top-5 % +k-NN %\n0 +" + " +".join(f"{100 * value:.1f}" for value in result["levels"]["0"].values()), capsys.readouterr().out)
+    assert list(result["levels"]["0"]) == ["linear_top1", "linear_top5", "knn_top1"]
     trained = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
     assert not torch.equal(untrained.f[0].stem[0].weight, trained["f.0.stem.0.weight"])
     assert torch.equal(model.f[0].stem[0].weight, trained["f.0.stem.0.weight"])
@@ -254,11 +259,13 @@ def test_fine_tuning_changes_the_encoder_and_fits_what_it_is_shown(checkpoint, m
 def test_ten_steps_in_all_have_a_warm_up_of_one(checkpoint, monkeypatch):
     """The learning rates that the optimizer sees: the first is the peak, the last a thousandth of it."""
     model, args = eval_linear.load(checkpoint)
-    data, seen = common.load_dataset(args), []
+    data, seen, views, augment = common.load_dataset(args), [], [], common.augment
+    monkeypatch.setattr(common, "augment", lambda x, view, *rest: views.append(view) or augment(x, view, *rest))
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: seen.append(self.param_groups[0]["lr"]))
     eval_linear.train_classifier(model, ["0"], data, "shape", args, 10, 0.1, frozen=True)
     assert len(seen) == 10 and seen[0] == pytest.approx(0.1) and seen[-1] == pytest.approx(1e-4)
     assert all(a >= b for a, b in zip(seen, seen[1:]))
+    assert views == 10 * [common.View((0.3, 1.0), p_flip=0.5, p_jitter=0.0, p_grey=0.0)]
 
 
 def test_one_image_per_class_or_in_all(checkpoint):
@@ -281,10 +288,23 @@ def test_fine_tuning_trains_every_stack(tiny_run, monkeypatch):
     assert [name for name, p in model.f.named_parameters() if torch.equal(p, before[name])] == []
 
 
+@pytest.mark.parametrize("method, judged", [("sjea", "1"), ("ijepa", "target")])
+def test_the_highest_stack_and_the_target_encoder_are_fine_tuned(method, judged, tiny_run, monkeypatch):
+    """And --supervised starts from scratch, the others from the trained weights."""
+    out = tiny_run(method, "--epochs", "1")
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
+    trained, calls = torch.load(out / "checkpoint.pt", weights_only=True)["model"], []
+    same = lambda model: all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(eval_linear, "train_classifier", lambda model, levels, *rest, frozen: calls.append((levels, same(model), frozen)) or {level: (0.5, 0.5) for level in levels})
+    eval_linear.main([str(out / "checkpoint.pt"), "--augmented", "1", "--fine-tune", "1", "--supervised", "1"])
+    levels = list(json.loads((out / "eval.json").read_text())["augmented"]["levels"])
+    assert calls == [(levels, True, True), ([judged], True, False), ([judged], False, False)] and len(levels) == 2
+
+
 def test_every_protocol_by_flag(checkpoint, capsys):
     """Its table is printed and eval.json has its numbers."""
     eval_linear.main([str(checkpoint), "--within", "shape", "style", "--shots", "2", "0.1", "--augmented", "1", "--fine-tune", "1", "--supervised", "1",
-                      "--k", "1"])
+                      "--k", "60", "--temperature", "0.003"])
     result, printed = json.loads((checkpoint.parent / "eval.json").read_text()), capsys.readouterr().out
     assert set(result["few_shot"]) == {"2 per class", "10 % of each class"} and set(result["within"]) == {"style"}
     assert all(0 <= result[name]["levels"]["0"]["top1"] <= result[name]["levels"]["0"]["top5"] <= 1 for name in ("augmented", "fine_tune", "supervised"))
@@ -293,5 +313,7 @@ def test_every_protocol_by_flag(checkpoint, capsys):
     model, args = eval_linear.load(checkpoint)
     data = common.load_dataset(args)
     x, x_test = (common.extract(model, images, args)["0"].numpy() for images in (data.train_images, data.test_images))
-    nearest = KNeighborsClassifier(1, metric="cosine").fit(x, data.train_labels["shape"]).score(x_test, data.test_labels["shape"])
-    assert result["levels"]["0"]["knn_top1"] == pytest.approx(nearest, abs=0.01)
+    vote = lambda temperature: KNeighborsClassifier(60, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature)).fit(x, data.train_labels["shape"]).score(x_test, data.test_labels["shape"])
+    assert result["levels"]["0"]["knn_top1"] == pytest.approx(vote(0.003), abs=0.01) and abs(vote(0.003) - vote(0.1)) > 0.03
+    y = {name: (data.train_labels[name], data.test_labels[name]) for name in ("shape", "style")}
+    assert result["within"]["style"]["0"] == pytest.approx(eval_linear.within(torch.tensor(x), torch.tensor(x_test), *y["shape"], *y["style"], 60, 0.003))

@@ -43,7 +43,7 @@ def test_every_figure_that_applies_is_written(runs, capsys, monkeypatch):
         for path in folder.glob("*.png"):
             pixels = np.asarray(Image.open(path))
             assert pixels.shape[0] > 200 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20, path
-        with pytest.raises(common.Unusable, match=f"--only: {min(missing)} cannot be drawn from a run of {method}.py"):
+        with pytest.raises(common.Unusable, match=f"--only: nothing for {min(missing)} in 1 run of {method}.py"):
             figures.main([str(runs[method].path), "--images", "60", "--only", min(missing)])
 
 
@@ -57,6 +57,31 @@ def test_curves_show_the_log(runs):
         assert lines(figures.covariance([runs["sjea"]]))[f"sjea: level {stack}"] == ([1, 2], [row[f"covariance_{stack}"] for row in history])
         assert lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))[f"sjea: level {stack}"] == ([1, 2], [100 * row["knn"][stack] for row in history])
     assert set(lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))) == {"sjea: level 0", "sjea: level 1", "ijepa: level target", "ijepa: level context"}
+
+
+def test_two_runs_are_compared(runs, tmp_path, monkeypatch):
+    """Every term of the log of every run, in tenths of an epoch (here of four steps), and folders of one name told apart."""
+    axes = figures.compare([runs["sjea"], runs["ijepa"]]).axes
+    assert figures.compare([runs["sjea"]]) is None
+    drawn = {line.get_label(): ([float(x) for x in line.get_xdata()], list(line.get_ydata())) for axis in axes for line in axis.lines}
+    for method, terms in (("sjea", ["loss", "covariance_0", "variance_1"]), ("ijepa", ["loss", "prediction"])):
+        history = [json.loads(line) for line in (runs[method].path.parent / "metrics.jsonl").read_text().splitlines()]
+        for term in terms:
+            assert drawn[f"{method} {term}"] == ([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2], history[0]["curve"][term] + history[1]["curve"][term])
+            assert sum(history[1]["curve"][term]) / 4 == pytest.approx(history[1][term], rel=1e-3)
+        for axis, field in zip(axes[2:], ("effective_rank", "feature_std", "knn")):
+            for level in history[0][field]:
+                shown, = (line for line in axis.lines if line.get_label() == f"{method} level {level}")
+                assert list(shown.get_ydata()) == [row[field][level] for row in history] and field.split("_")[0] in axis.get_title().replace("-NN", "nn").replace("standard", "feature")
+    styles = {axes[1].lines[0].get_linestyle(), axes[1].lines[-1].get_linestyle()}
+    assert len(styles) == 2
+
+    shutil.copytree(runs["sjea"].path.parent, tmp_path / "other" / "sjea")
+    named = []
+    monkeypatch.setitem(figures.FIGURES, "accuracy", lambda runs: named.extend(run.name for run in runs))
+    with pytest.raises(common.Unusable, match="nothing for accuracy in 2 runs of sjea.py"):
+        figures.main([str(runs["sjea"].path), str(tmp_path / "other" / "sjea" / "checkpoint.pt"), "--images", "60", "--only", "accuracy"])
+    assert named == [str(runs["sjea"].path.parent), str(tmp_path / "other" / "sjea")]
 
 
 def test_spectrum_is_that_of_the_covariance(runs):
@@ -73,6 +98,26 @@ def test_tsne_colours_every_image_by_its_class(runs):
         assert level in axis.get_title()
         shown = {scatter.get_label(): len(scatter.get_offsets()) for scatter in axis.collections}
         assert shown == {str(c): n for c, n in enumerate(run.labels["shape"].bincount().tolist()) if n}
+        points = figures.embed(run.features[level])
+        for scatter in axis.collections:
+            assert np.allclose(scatter.get_offsets(), points[run.labels["shape"] == int(scatter.get_label())])
+
+
+def test_a_run_is_shown_by_its_own_test_images_and_labels(runs):
+    images, labels = common.make_shapes(64, 32, 2)
+    for run in runs.values():
+        order = [next(i for i in range(64) if torch.equal(images[i], image)) for image in run.images]
+        assert len(set(order)) == 60 and order != sorted(order)
+        assert all(torch.equal(run.labels[name], y[order]) for name, y in labels.items())
+
+
+def test_one_class_is_drawn_with_its_images(runs):
+    run = runs["sjea"]
+    chosen = (run.labels["shape"] == run.labels["shape"].min()).nonzero()[:, 0]
+    for axis, level in zip(figures.one_class([run]).axes, run.features):
+        for box, i, point in zip(axis.artists, chosen, figures.embed(run.features[level][chosen])):
+            assert np.allclose(box.xy, point) and np.allclose(box.offsetbox.get_data(), figures.picture(run.images[i]))
+        assert len(axis.artists) == len(chosen)
 
 
 def test_embed_keeps_neighbours_together():
@@ -148,6 +193,11 @@ def test_masks_show_context_and_targets(runs):
         same, grey = (abs(shown - image) < 1e-6).all(2), (shown == 0.85).all(2)
         assert (same | grey).all() and 0.1 < same.mean() < 0.6
         assert len(axis.collections) == count
+    _, targets = __import__("ijepa").draw_masks(run.args, 32, torch.Generator().manual_seed(0))        # the first row is of the run's own strategy
+    for outline, block in zip(figure.axes[0].collections, targets[0]):
+        rows, columns = block // 8, block % 8
+        box = outline.get_paths()[0].get_extents()
+        assert [box.x0, box.x1, box.y0, box.y1] == pytest.approx([4 * columns.min() - 0.5, 4 * columns.max() + 3.5, 4 * rows.min() - 0.5, 4 * rows.max() + 3.5], abs=0.6)
 
 
 def test_predictions_are_patches_of_other_images(runs):
@@ -173,6 +223,10 @@ def test_views_are_those_of_training(runs):
     assert np.allclose(images[0], figures.picture(runs["sjea"].images[0]))
     assert all(0 <= image.min() and image.max() <= 1 for image in images)
     assert not np.allclose(images[8], images[16])
+    run, generator = runs["sjea"], torch.Generator().manual_seed(0)
+    for row, view in enumerate(__import__("sjea").transformations(run.args), 1):
+        for drawn, made in zip(images[8 * row:8 * row + 8], common.augment(run.images[:8], view, 32, generator)):
+            assert np.allclose(drawn, figures.picture(made), atol=1e-6)
 
 
 def page_data(run):
@@ -190,13 +244,17 @@ def test_the_page_holds_images_labels_and_neighbours(runs):
         for i in (3, 30):
             cosine = [(torch.dot(z[i], z[j]) / z[i].norm() / z[j].norm()).item() if j != i else -2 for j in range(len(z))]
             assert set(data["levels"][level]["nearest"][i]) == set(np.argsort(cosine)[-8:].tolist())
+        for c in run.labels["shape"].unique():
+            chosen = (run.labels["shape"] == c).nonzero()[:, 0]
+            if len(chosen) >= 8:
+                assert np.allclose(np.array(data["levels"][level]["inside"])[chosen, :2], figures.embed(z[chosen]), atol=1e-4)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-@pytest.mark.parametrize("address, chosen, only", [("#class=all&image=7", 7, False), ("#class=2", None, True)])
+@pytest.mark.parametrize("address, chosen, only", [("#class=all&image=43", 43, False), ("#class=2", None, True)])
 def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
     """Without a network: a chosen image shows its labels and neighbours at each level, a chosen class its clusters."""
     run, page = runs["sjea"], tmp_path / "index.html"
@@ -207,6 +265,7 @@ def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
     assert ('id="hint">coloured by its 4 k-means clusters' in dom) == only
     data = page_data(run)
     if chosen is not None:
+        assert re.search(r'id="point"><span class="tile"[^>]*background-position: -192px -64px', dom)      # column 3, row 1 of the sheet, twice as large
         assert f"image {chosen}: " + ", ".join(f"{name} {y[chosen]}" for name, y in data["labels"].items()) in dom
         for level in data["levels"].values():
             assert f'data-nearest="{" ".join(map(str, level["nearest"][chosen]))}"' in dom

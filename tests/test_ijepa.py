@@ -235,6 +235,20 @@ def test_pixel_targets_are_normalised_patches():
     assert torch.allclose(s_y[1, 2 * 8 + 5], (patch - patch.mean()) / patch.std(correction=0), atol=1e-3)
 
 
+def test_the_weights_start_as_documented():
+    """The target as the context encoder; Xavier's uniform, the last layers of block l scaled by 1 / sqrt(2 l); no biases."""
+    torch.manual_seed(0)
+    model = ijepa.JEPA(ijepa.arguments(SMALL))
+    assert all(torch.equal(p, q) for p, q in zip(model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True))
+    for transformer in (model.context_encoder, model.predictor):
+        for name, layer in transformer.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                scaled = name.endswith(("proj", "fc2"))
+                bound = math.sqrt(6 / sum(layer.weight.shape)) / (math.sqrt(2 * (int(name.split(".")[1]) + 1)) if scaled else 1)
+                assert 0.97 * bound < layer.weight.abs().max() <= bound * 1.0001 and layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+                assert not layer.bias.any()
+
+
 @pytest.mark.parametrize("script", (ijepa, cjepa))
 @pytest.mark.parametrize("target, watched", [("pixels", "pixels"), ("features", "target")])
 def test_what_is_watched_for_collapse_has_its_name(script, target, watched):
@@ -242,6 +256,48 @@ def test_what_is_watched_for_collapse_has_its_name(script, target, watched):
     args = script.arguments(SMALL + ["--target", target])
     embeddings = script.training_step(script.JEPA(args), common.make_shapes(4, 32, 1)[0], args, torch.Generator().manual_seed(0))[2]
     assert {name: z.shape[1] for name, z in embeddings.items()} == {watched: 48 if target == "pixels" else 96, "prediction": 48 if target == "pixels" else 96}
+
+
+@pytest.mark.parametrize("script", (ijepa, cjepa))
+@pytest.mark.parametrize("loss", ["smooth_l1", "l2"])
+def test_a_step_takes_its_crop_its_masks_its_loss_and_watches_features(script, loss, monkeypatch):
+    """From one step to the next other masks; crops alone; the loss that --loss names; the means of what the model returned."""
+    args = script.arguments(SMALL + ["--loss", loss, "--crop-min", "0.6", "--batch-size", "4"] + ["--beta-vicreg", "0"] * (script is cjepa))
+    model, seen, views, masks = script.JEPA(args), {}, [], []
+    model.register_forward_hook(lambda module, inputs, output: seen.update(output=output, context=inputs[1], targets=inputs[2]))
+    augment, draw = common.augment, script.draw_masks
+    monkeypatch.setattr(common, "augment", lambda x, view, *rest: views.append(view) or augment(x, view, *rest))
+    monkeypatch.setattr(script, "draw_masks", lambda *given: masks.append(draw(*given)) or masks[-1])
+    for step in range(2):
+        value, terms, watched = script.training_step(model, common.make_shapes(4, 32, 1)[0], args, torch.Generator().manual_seed(step))
+    assert views == 2 * [common.View((0.6, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)]
+    assert not torch.equal(masks[0][1].flatten()[:10], masks[1][1].flatten()[:10])
+    assert torch.equal(seen["context"], masks[1][0]) and torch.equal(seen["targets"], masks[1][1])
+    s_hat, s_y = (t.detach().double() for t in seen["output"])
+    error = s_hat - torch.stack([s_y[b][seen["targets"][b]] for b in range(4)])
+    expected = error.pow(2).sum((2, 3)).mean() if loss == "l2" else torch.where(error.abs() < 1, error.pow(2) / 2, error.abs() - 0.5).mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5) and terms["prediction"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(watched["target"].double(), s_y.mean(1), atol=1e-6) and torch.allclose(watched["prediction"].double(), s_hat.mean((1, 2)), atol=1e-6)
+
+
+def test_each_level_is_its_own_encoder(step):
+    model, _, y, *_ = step
+    found = model.representations(y)
+    assert torch.equal(found["target"], model.target_encoder(y).mean(1)) and torch.equal(found["context"], model.context_encoder(y).mean(1))
+    assert (found["target"] - found["context"]).abs().max() > 0.01
+
+
+def test_masks_follow_their_flags():
+    """--masking names the strategy, the scales its blocks; and where contexts are cut, the first patches stay."""
+    draw = lambda *flags: ijepa.draw_masks(ijepa.arguments([*SMALL, *flags]), 16, torch.Generator().manual_seed(3))
+    for strategy in ("rasterized", "block", "random"):
+        expected = getattr(ijepa, f"{strategy}_masks")(16, 8, torch.Generator().manual_seed(3))
+        assert all(map(torch.equal, draw("--masking", strategy), expected))
+    _, targets = draw("--num-targets", "3", "--target-scale", "0.3", "0.35")
+    assert targets.shape[1] == 3 and 0.3 <= targets.shape[2] / 64 <= 0.35
+    context, targets = draw("--num-targets", "1", "--target-scale", "0.1", "0.15", "--context-scale", "0.5", "0.6")
+    assert context.shape[1] <= 0.6 * 64
+    assert ijepa.first_true(torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]).bool()).tolist() == [[0, 2], [1, 3]]
 
 
 @pytest.mark.parametrize("size, reference, patch", [("base", "vit_b_16", 16), ("large", "vit_l_16", 16), ("huge", "vit_h_14", 14)])
@@ -275,6 +331,44 @@ def test_attention_equals_its_definition_token_by_token(N):
 # ---- whole runs ----
 
 
+def test_training_is_a_plain_loop(tiny_run, monkeypatch):
+    """What a step saw is taken from the run; rates, decay, optimizer, EMA, and the log's means are computed here."""
+    seen, step = [], ijepa.training_step
+    monkeypatch.setattr(ijepa, "training_step", lambda model, x, args, generator: seen.append((x.clone(), generator.initial_seed())) or step(model, x, args, generator))
+    flags = ["--epochs", "3", "--optimizer", "adamw", "--lr", "0.02", "--warmup-epochs", "1", "--weight-decay", "0.1", "--weight-decay-end", "0.9", "--ema", "0.5", "--ema-end", "1"]
+    out = tiny_run("ijepa", *flags)
+    args = ijepa.arguments(["--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--predictor-width", "12", "--predictor-depth", "1", *flags])
+    images, number = common.make_shapes(128, 32, 1)[0], lambda x: [image.numpy().tobytes() for image in x]
+    orders = [[number(images).index(image) for x, _ in seen[4 * e:4 * e + 4] for image in number(x)] for e in range(3)]
+    assert all(sorted(order) == list(range(128)) for order in orders) and len({*map(tuple, orders), tuple(range(128))}) == 4
+    assert len({seed for _, seed in seen}) == 12
+
+    torch.manual_seed(0)
+    model, losses = ijepa.JEPA(args), []
+    parts = [[p for p in model.parameters() if p.requires_grad and (p.ndim > 1) == matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": parts[0]}, {"params": parts[1], "weight_decay": 0.0}])
+    cosine = lambda share: (1 + math.cos(math.pi * share)) / 2
+    for t, (x, seed) in enumerate(seen):
+        for group in optimizer.param_groups:
+            group["lr"] = rate = 0.02 * 32 / 256 * ((t + 1) / 4 if t < 4 else 0.001 + 0.999 * cosine((t - 4) / 7))
+        optimizer.param_groups[0]["weight_decay"] = 0.9 - 0.8 * cosine(t / 11)
+        loss = step(model, x, args, torch.Generator().manual_seed(seed))[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        m = 0.5 + 0.5 * t / 11
+        for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
+            target.data = m * target.data + (1 - m) * context.data
+        losses.append(loss.item())
+        if t % 4 == 3:
+            row = json.loads((out / "metrics.jsonl").read_text().splitlines()[t // 4])
+            assert row["loss"] == pytest.approx(sum(losses[-4:]) / 4, rel=1e-4) and row["curve"]["loss"] == pytest.approx(losses[-4:], rel=1e-3)
+            assert row["lr"] == pytest.approx(rate) and row["images_per_second"] == pytest.approx(128 / row["seconds"])
+    trained = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    for name, value in model.state_dict().items():
+        assert torch.allclose(trained[name], value, atol=2e-4), name
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(tiny_run):
     whole, stopped = tiny_run("ijepa", "--epochs", "3"), tiny_run("ijepa", "--epochs", "3", stop_after=2)
     tiny_run("ijepa", "--epochs", "3", "--resume", out=stopped)
@@ -297,6 +391,7 @@ def test_schedules():
     args = ijepa.arguments(["--recipe", "paper", "--epochs", "300"])
     assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema, args.ema_end) == (1e-3, 0.04, 0.4, 0.996, 1)
     assert (args.epochs, args.batch_size, args.vit, args.patch_size, args.image_size) == (300, 2048, "base", 16, 224)
+    assert (args.warmup_epochs, args.predictor_depth, args.predictor_width) == (15, 6, 384)
     assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min, args.optimizer) == (4, 0.3, "adamw")
     small, adamw = ijepa.arguments([]), ijepa.arguments(["--optimizer", "adamw"])
     assert (small.optimizer, small.lr, adamw.lr) == ("muon", 0.032, 0.016)

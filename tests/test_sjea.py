@@ -39,7 +39,7 @@ def stem_gradient(flags, stack, images):
     model = sjea.SJEA(args)
     x = common.normalise(images.float() / 255)
     z_1, z_2 = model(x, x.flip(3))[stack]
-    vicreg.vicreg_loss(z_1, z_2)[0].backward()
+    vicreg.vicreg_loss(z_1, z_2, 25, 25, 1)[0].backward()
     return model.f[0].stem[0].weight.grad
 
 
@@ -61,6 +61,24 @@ def test_the_loss_is_the_weighted_sum_over_stacks(shapes_64):
     assert loss == pytest.approx(sum(parts), rel=1e-5)
     loss, parts = losses("--stack-weights", "1", "0.5", "0.25")
     assert loss == pytest.approx(parts[0] + parts[1] / 2 + parts[2] / 4, rel=1e-5)
+
+
+def test_each_level_logs_its_own_embeddings(shapes_64):
+    args = sjea.arguments(SMALL)
+    model, seen = sjea.SJEA(args), []
+    model.register_forward_hook(lambda module, inputs, output: seen.extend(output))
+    _, _, embeddings = sjea.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(1))
+    assert list(embeddings) == ["0", "1"] and all(torch.equal(embeddings[str(k)], seen[k][0]) for k in (0, 1))
+
+
+@pytest.mark.parametrize("loss", [lambda a, b: sjea.vicreg_loss(a, b, 25, 25, 1), sjea.barlow_twins_loss])
+def test_embeddings_of_half_precision_are_computed_in_float32(loss):
+    """Under autocast, whose matrix products are bfloat16's."""
+    z_1, z_2 = (torch.randn(64, 32, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (1, 2))
+    exact, _ = loss(z_1.double(), z_2.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = loss(z_1, z_2)
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_algorithm_1_written_out(shapes_64):

@@ -2,10 +2,12 @@
 import gc
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 import common
 import sjea
@@ -54,21 +56,40 @@ def test_gradients():
     """Central differences in float64; the factor keeps every dimension away from the hinge's kink."""
     z1, z2 = (0.5 * torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     z1.requires_grad_(), z2.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: vicreg.vicreg_loss(a, b)[0], (z1, z2))
+    assert torch.autograd.gradcheck(lambda a, b: vicreg.vicreg_loss(a, b, 25, 25, 1)[0], (z1, z2))
 
 
 def test_terms_stay_in_float32_under_autocast():
     z1, z2 = (torch.randn(64, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
-    exact, _ = vicreg.vicreg_loss(z1.double(), z2.double())
+    exact, _ = vicreg.vicreg_loss(z1.double(), z2.double(), 25, 25, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = vicreg.vicreg_loss(z1, z2)
+        loss, _ = vicreg.vicreg_loss(z1, z2, 25, 25, 1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_a_step_computes_the_loss_of_its_two_views(shapes_64):
+@pytest.mark.parametrize("script", [vicreg, sjea])
+def test_the_projector_is_the_published_one(script):
+    """Three linear layers, BN and ReLU after the first two, no bias in the last."""
+    h = script.projector(5, [7, 6, 4])
+    assert [type(layer) for layer in h] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert [(layer.in_features, layer.out_features, layer.bias is None) for layer in h if isinstance(layer, nn.Linear)] == [(5, 7, False), (7, 6, False), (6, 4, True)]
+
+
+@pytest.mark.parametrize("script", [vicreg, sjea])
+def test_each_view_is_drawn_from_its_own_distribution(script, shapes_64, monkeypatch):
+    augment, drawn = common.augment, []
+    monkeypatch.setattr(common, "augment", lambda x, view, *rest: drawn.append(view) or augment(x, view, *rest))
+    args = script.arguments(["--width", "8", "--projector", "8-8", "--precision", "fp32", "--augmentation", "vicreg"])
+    model = (vicreg.VICReg if script is vicreg else sjea.SJEA)(args)
+    script.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(5))
+    assert drawn == list(script.transformations(args)) and drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("augmentation", ["sjea", "vicreg"])
+def test_a_step_computes_the_loss_of_its_two_views(augmentation, shapes_64):
     """training_step against the same steps written out with the loops above, in float32."""
-    args = vicreg.arguments(["--width", "8", "--projector", "8-8", "--precision", "fp32", "--mu", "3", "--nu", "5"])
+    args = vicreg.arguments(["--width", "8", "--projector", "8-8", "--precision", "fp32", "--mu", "3", "--nu", "5", "--augmentation", augmentation])
     torch.manual_seed(0)
     model = vicreg.VICReg(args)
     loss, terms, embeddings = vicreg.training_step(model, shapes_64.images, args, torch.Generator().manual_seed(5))
@@ -96,6 +117,7 @@ def test_recipes_are_the_published_ones():
         assert smallest("--dataset", "cifar10") == (0.3, 1.0)                                # S-JEA's authors' global_scale
         assert smallest("--dataset", "cifar10", "--augmentation", "vicreg") == (0.08, 1.0)
         assert smallest("--augmentation", "vicreg") == (0.8, 1.0)                            # shapes
+        assert smallest("--augmentation", "crop", "--crop-min", "0.5") == smallest("--crop-min", "0.5") == (0.5, 1.0)
 
 
 def read_log(out):
@@ -110,7 +132,8 @@ def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
     for row in rows:
         assert row["loss"] == pytest.approx(25 * row["invariance"] + 25 * row["variance"] + 8 * row["covariance"], rel=1e-4)
     assert "knn" not in rows[0] and 0 <= rows[1]["knn"]["0"] <= 1
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "curves.png", "eval.json"}
+    assert (out / "vicreg.py").read_bytes() == Path(vicreg.__file__).read_bytes()
+    assert {path.name for path in out.iterdir()} == {"config.json", "vicreg.py", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "curves.png", "eval.json"}
     assert json.loads((out / "config.json").read_text())["seed"] == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("raw pixels", "untrained 0", "linear top-1", "eval_linear.py"))
@@ -175,11 +198,64 @@ def test_resume_refuses_other_settings(tiny_run):
         tiny_run("vicreg", "--epochs", "1", "--resume", "--lambda", "3", out=out)
     with pytest.raises(common.Unusable, match="already holds a run"):
         tiny_run("vicreg", "--epochs", "1", out=out)
+    for flags, words in ((["--epochs", "2"], "--epochs: 2"), (["--epochs", "1", "--seed", "1"], "--seed: 1"), (["--epochs", "1", "--batch-size", "16"], "--batch-size: 16")):
+        with pytest.raises(common.Unusable, match=words + ", but the run"):
+            tiny_run("vicreg", "--resume", *flags, out=out)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     del state["model"]["f.stem.0.weight"]
     torch.save(state, out / "checkpoint.pt")
     with pytest.raises(common.Unusable, match="its weights are not those of this model"):
         tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
+
+
+def test_a_finished_run_says_that_it_is_and_a_script_that_was_changed_is_named(tiny_run, capsys):
+    out = tiny_run("vicreg", "--epochs", "1")
+    assert "nothing is trained" not in capsys.readouterr().err
+    tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
+    printed = capsys.readouterr().err
+    assert f"all 1 epochs in {out} are done: nothing is trained" in printed and "is not what it was" not in printed
+    (out / "vicreg.py").write_text("loss = 0\n")
+    tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
+    assert f"warning: vicreg.py is not what it was when this run began: {out / 'vicreg.py'}" in capsys.readouterr().err
+    assert (out / "vicreg.py").read_text() == "loss = 0\n"
+
+
+@pytest.mark.parametrize("minutes, saves", [("1", 8), ("10", 2)])
+def test_checkpoints_come_by_the_minute(minutes, saves, tiny_run, monkeypatch):
+    """Of eight steps in two epochs, each of which takes 61 s by this clock."""
+    write, clock, saved = common.write, [0.0], []
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock.append(clock[-1] + 61) or clock[-1])
+    monkeypatch.setattr(common, "write", lambda path, *rest, **more: saved.append(path.name) or write(path, *rest, **more))
+    tiny_run("vicreg", "--epochs", "2", "--checkpoint-minutes", minutes)
+    assert saved.count("checkpoint.pt") == saves
+
+
+@pytest.mark.parametrize("term", [0.5, torch.ones(64)])
+def test_a_term_that_is_no_scalar_tensor_is_named(term, tiny_run, monkeypatch):
+    step = vicreg.training_step
+    monkeypatch.setattr(vicreg, "training_step", lambda *given: (lambda loss, terms, z: (loss, {**terms, "mine": term}, z))(*step(*given)))
+    with pytest.raises(common.RunFailed, match="mine is not a scalar tensor"):
+        tiny_run("vicreg", "--epochs", "1")
+
+
+def test_a_loss_that_is_not_finite_from_the_start_is_not_blamed_on_the_rate(tiny_run, monkeypatch):
+    invariance = vicreg.invariance
+    monkeypatch.setattr(vicreg, "invariance", lambda z1, z2: torch.log(invariance(z1, z2) * 0 - 1))
+    with pytest.raises(common.RunFailed, match="invariance is nan at step 0.*The loss itself is at fault"):
+        tiny_run("vicreg", "--epochs", "1")
+
+
+def test_the_log_has_the_spread_of_the_last_batch(tiny_run, monkeypatch):
+    """Per dimension, then the mean: dimensions that stand apart are not a spread."""
+    step, seen = vicreg.training_step, []
+    def shifted(*given):
+        loss, terms, z = step(*given)
+        seen.append({"0": z["0"] + torch.arange(16.0)})
+        return loss, terms, seen[-1]
+    monkeypatch.setattr(vicreg, "training_step", shifted)
+    row, = read_log(tiny_run("vicreg", "--epochs", "1"))
+    z = seen[-1]["0"].detach().double().numpy()
+    assert row["feature_std"]["0"] == pytest.approx(z.std(0, ddof=1).mean(), rel=1e-4)
 
 
 def test_resume_refuses_another_number_of_images(tiny_run, monkeypatch):
