@@ -2,11 +2,14 @@
 import gc
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 import common
@@ -307,3 +310,19 @@ def test_each_optimizer_has_its_own_rate(script):
     """As documented, and an explicit --lr goes before it."""
     rate = lambda *flags: script.arguments(list(flags)).lr
     assert (rate(), rate("--optimizer", "adamw"), rate("--optimizer", "lars"), rate("--optimizer", "adamw", "--lr", "0.02")) == (0.06, 0.03, 0.3, 0.02)
+
+
+def test_a_script_that_is_edited_while_it_trains_is_judged_as_it_was(tmp_path):
+    here, draw = Path(vicreg.__file__).parent, torch.Generator().manual_seed(0)
+    for name in ("common.py", "eval_linear.py"):
+        (tmp_path / name).symlink_to(here / name)
+    text, start = (here / "vicreg.py").read_text(), 'if __name__ == "__main__":\n'
+    assert start in text
+    (tmp_path / "vicreg.py").write_text(text.replace(start, start + '    open(__file__, "w").write("raise SystemExit(9)")\n'))
+    for folder in (tmp_path / part / label for part in ("train", "test") for label in "ab"):
+        folder.mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(torch.randint(256, (16, 16, 3), generator=draw, dtype=torch.uint8).numpy()).save(folder / f"{i}.png")
+    command = [sys.executable, "vicreg.py", "--dataset", "folder", "--data-dir", ".", "--image-size", "16", "--width", "8", "--projector", "8-8", "--batch-size", "8", "--device", "cpu", "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "raw pixels" in done.stdout, done.stderr
