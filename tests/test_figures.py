@@ -195,7 +195,7 @@ def test_masks_show_context_and_targets(runs):
         assert len(axis.collections) == count
     _, targets = __import__("ijepa").draw_masks(run.args, 32, torch.Generator().manual_seed(0))        # the first row is of the run's own strategy
     for outline, block in zip(figure.axes[0].collections, targets[0]):
-        rows, columns = block // 8, block % 8
+        rows, columns = np.divmod(block.numpy(), 8)
         box = outline.get_paths()[0].get_extents()
         assert [box.x0, box.x1, box.y0, box.y1] == pytest.approx([4 * columns.min() - 0.5, 4 * columns.max() + 3.5, 4 * rows.min() - 0.5, 4 * rows.max() + 3.5], abs=0.6)
 
