@@ -79,8 +79,9 @@ def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
     ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
     ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128 (the paper's
-    ## table: 0.25): the context depends on the batch size (in the authors' code on each GPU's). The first patches, row by row, stay, as in the authors' code, so with
-    ## four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the True first, in their order.)
+    ## table: 0.25): the context depends on the batch size (in the authors' code on each GPU's). The first patches, row by row, stay,
+    ## as in the authors' code, so with four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the
+    ## True first, in their order.)
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
