@@ -5,19 +5,20 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
     python sjea.py --stacks 2 --dataset stl10
 
-A second encoder reads the *map* of the first, before pooling, and each stack has its own VICReg loss. In z0_1 the 0 is the
-stack and the 1 the view. For both views x_k = t_k(x), k = 1, 2, of a batch of n = B images:
+A second encoder reads the *map* of the first, before pooling, for features that are more abstract, and each stack has its own
+VICReg loss. In z0_1 the 0 is the stack and the 1 the view (in the code y_1 and z_1 are of view 1, in any stack). For both views
+x_k = t_k(x), k = 1, 2, of a batch of n = B images:
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
-    loss = loss0 + loss1; each flows back through its own stack and all below, in one step
+    loss = loss0 + loss1; each flows back through its own h and f and every f below, in one step
 
     here           t_k             x_k    f[0], h[0]          y0_k, z0_k        f[1], h[1]      y1_k, z1_k
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
-h is the "projector" or "expander"; pooling stands in section 3.2. C is 512 at width 64 (ResNet-18); at 32 px stack 1 reads maps of
-m = 4 and makes maps of m' = 1. The loss l of a stack:
+h is the "projector" or "expander"; pooling is said in section 3.2 alone. C is 512 at width 64 (ResNet-18); at 32 px stack 1
+reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack:
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
@@ -26,23 +27,23 @@ m = 4 and makes maps of m' = 1. The loss l of a stack:
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
 Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' codes, to which
-the coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved. Algorithm 1 prints y1_1 = f2(y1_1), a
-slip for f2(y0_1), section 3.1 f_theta(X2) for f_theta(V2). Figure 1 speaks of a weighted sum of the losses: --stack-weights,
-all 1 by default. Section 4.3 speaks of a stack that reads the projector's embeddings, and the authors' published code
-(AlzbetaM/S-JEA) lays those 256 numbers out as an image of 16 x 16 with one channel for stack 1; here, as in section 3.2, it
-reads the map y0 in every column of Table 3.
+section 3.2's coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved.
+Algorithm 1's y1_1 = f2(y1_1) is a slip for f2(y0_1), section 3.1's f_theta(X2) for f_theta(V2). Figure 1 speaks of a weighted
+sum of the losses: --stack-weights, all 1 by default. Section 4.3 speaks of a stack that reads the projector's embeddings, and
+the authors' published code (AlzbetaM/S-JEA) lays those 256 numbers out as an image of 16 x 16 with one channel for stack 1;
+here, as in section 3.2, it reads the map y0 in every column of Table 3.
 Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell to read at 32 px), and
-so does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, bit for bit.
+so does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, on a CPU bit for bit.
 
-The paper's setting with its authors' code's optimizer, Adam at 1e-3 = 0.002 x 128 / 256 (--lr is the rate for a batch of 256), is
+Section 3.2's model with its authors' code's optimizer, Adam at 1e-3 = 0.002 x 128 / 256 (--lr is the rate for a batch of 256), is
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
---projectors 10 because Table 1's figures are those of Table 3's column with a projector on stack 0 and none on stack 1. Batch
-size, crops and projector (but for a bias in its last layer, which no term feels) are the authors' code's; weight decay, warm-up
-and cosine are ours. Without --projectors 10, so with both, stack 0 has 11.43 M parameters, stack 1, whose stem reads 512
-channels, 11.73 M, together 23.16 M (Table 2: 11.6 and 23.2). The defaults suit minutes on two CPU cores: width 16 (so C = 128),
-Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
+--projectors 10 because Table 1's figures on CIFAR-10 are those of Table 3's column with a projector on stack 0 and none on
+stack 1 (Algorithm 1, and the default here, has both). Batch size, crops and projector (but for a bias in its last layer, which
+no term feels) are the authors' code's; weight decay, warm-up and cosine are ours. With both, stack 0 has 11.43 M parameters,
+stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2). The defaults suit minutes
+on two CPU cores: width 16 (so C = 128), Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0, and in the log effective_rank falls to 1: one direction.
+    ## This term is what spreads information over dimensions: with its weight at 0, effective_rank in the log falls to about 1.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -88,15 +89,15 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), with s over n * d and half of v(Z) + v(Z'), as in both authors' codes.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name, scalars too.
     """
-    with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
+    with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean of both, not the papers' sum: mu = 25 belongs to it. With the sum the term would weigh twice as much.
+        ## The mean of both, with which mu = 25 was chosen, not the papers' sum: the term would weigh twice as much.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -108,7 +109,7 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
     """
-    ## Here both of VICReg's regularisers live in one matrix, *across* the views: its diagonal at 1 asks for agreement and
+    ## Here all that VICReg asks lives in one matrix, *across* the views: its diagonal at 1 asks for agreement and
     ## for spread, the rest at 0 for dimensions that say different things.
     with torch.autocast(z_1.device.type, enabled=False):
         z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
@@ -136,7 +137,7 @@ class SJEA(nn.Module):
         super().__init__()
         self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
         channels, size = 3, args.image_size
-        for has_projector in args.projectors:                             # "10": one character for each stack
+        for has_projector in args.projectors:                             # "10": one character for each of --stacks
             self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to a size of 64
             channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
             self.h.append(projector(channels, args.projector) if has_projector == "1" else nn.Identity())
@@ -171,7 +172,7 @@ def transformations(args):
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
     ## In VICReg's authors' code the two views differ: above 64 px the first is always blurred, the second rarely; that one is at times
-    ## solarized. (The paper's are alike: blurred with p = 0.5, solarized with p = 0.1.)
+    ## solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
@@ -184,8 +185,8 @@ def training_step(model, x, args, generator):
     for stack, z in enumerate(model(x_1, x_2)):
         z_1, z_2 = map(common.gather, z)                                  # [n, d], of all processes
         loss_stack, terms_stack = (vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu) if args.base == "vicreg"    # S-JEA Eq. (1)
-                           else barlow_twins_loss(z_1, z_2))
-        loss = loss + args.stack_weights[stack] * loss_stack                  # S-JEA Algorithm 1: loss0 + loss1
+                                   else barlow_twins_loss(z_1, z_2))
+        loss = loss + args.stack_weights[stack] * loss_stack              # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}
         embeddings[str(stack)] = z_1                                      # for the log's effective rank; one view is enough
     return loss, terms, embeddings
@@ -199,7 +200,7 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--projectors", help="which stacks have one, Table 3: 10, as in Table 1, is one on stack 0 and none on stack 1 (default: all)")
+    add("--projectors", help="which stacks have a projector, Table 3: 10, as in Table 1, is one on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")

@@ -59,7 +59,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions. Set its weight to 0, and in the log effective_rank falls to 1: one direction.
+    ## This term is what spreads information over dimensions: with its weight at 0, effective_rank in the log falls to about 1.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -67,15 +67,15 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6), which is S-JEA Eq. (1), in the authors' convention.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), with s over n * d and half of v(Z) + v(Z'), as in both authors' codes.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name, scalars too.
     """
-    with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round C(Z)
+    with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean of both, not the papers' sum: mu = 25 belongs to it. With the sum the term would weigh twice as much.
+        ## The mean of both, with which mu = 25 was chosen, not the papers' sum: the term would weigh twice as much.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -121,7 +121,7 @@ def transformations(args):
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
     ## In VICReg's authors' code the two views differ: above 64 px the first is always blurred, the second rarely; that one is at times
-    ## solarized. (The paper's are alike: blurred with p = 0.5, solarized with p = 0.1.)
+    ## solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
