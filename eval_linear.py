@@ -38,7 +38,7 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
     Returns (top-1, top-5) accuracy in [0, 1] on test.
     """
     ## Published protocols train this layer with SGD or LARS on augmented images for 50 to 300 epochs. On fixed
-    ## features the objective is convex, and a quasi-Newton solver is at its optimum in seconds.
+    ## features the objective is convex, and a quasi-Newton solver is at its optimum in seconds (on raw pixels only near it).
     x, x_test = standardised(features, test_features)
     y, y_test = labels.to(x.device), test_labels.to(x.device)
     classes = int(y.max()) + 1
