@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 
@@ -61,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         raise Unusable(message)
 
 
-def number(kind, low=-1e12, high=1e12):
+def number(kind, low, high=1e12):
     """An argparse type: an int or float in [low, high]."""
     def parse(text):
         value = kind(text)
@@ -106,10 +107,7 @@ def add_common_arguments(parser, **defaults):
 
 
 def parse(parser, argv=None):
-    """Parse argv and settle what depends on the machine: device, precision, --out, image size.
-
-    Raises Unusable with one line that names the flag.
-    """
+    """Parse argv and settle what depends on the machine: device, precision, --out, image size. Raises Unusable."""
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     args.precision = args.precision or ("bf16" if bf16_is_fast(args.device) else "fp32")
@@ -186,12 +184,11 @@ def command_line(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # what is left to print would fail again
         line = f"{error}; what was saved is whole"
     except (MemoryError, RuntimeError) as error:
-        line = f"{error} What was saved is whole."
-        if "DataLoader worker" not in line:    # which are killed, in most cases for their memory or a small /dev/shm
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-                    sign in line for sign in ("allocate memory", "out of memory", "ALLOC_FAILED")):
-                raise
+        line, signs = f"{error} What was saved is whole.", ("allocate memory", "out of memory", "ALLOC_FAILED")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in line for sign in signs):
             line = "out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole."
+        elif "DataLoader worker" not in line:  # which are killed, in most cases for their memory or a small /dev/shm
+            raise
     if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
@@ -315,7 +312,7 @@ def load_folder(args, download):
         if stream and new and download:
             try:
                 write(root / f"{part.name}-index.npz", lambda file: np.savez(file, **index))
-            except (RunFailed, OSError) as error:                          # on a read-only file system write() cannot clean up either
+            except RunFailed as error:
                 print(f"warning: every start lists all of {part}: {error}", file=sys.stderr)
         loaded.append((images, {"class": labels}))
     (images, labels), (test_images, test_labels) = loaded
@@ -379,7 +376,7 @@ class Stream:
         path = os.path.join(self.root, os.fsdecode(self.paths[i]))
         try:                                   # shorter side to S, then the centre square
             with Image.open(path) as image:
-                return torch.from_numpy(np.array(ImageOps.fit(upright_rgb(image), (self.size,) * 2, Image.BICUBIC))).permute(2, 0, 1)
+                return pil_to_tensor(ImageOps.fit(upright_rgb(image), (self.size,) * 2, Image.BICUBIC))
         except Exception as error:             # Pillow's decoders raise anything on damaged bytes
             return f"cannot read the image {path}: {error}"
 
@@ -394,13 +391,11 @@ def read_all(images, skip, keep):
         parts = torch.arange(len(images)).split(5000)                      # a million tasks at once would fill a memory themselves
         decoded = (image for part in parts for image in pool.map(images.__getitem__, part.tolist()))
         for i, image in enumerate(tqdm(decoded, f"reading {images.root}", len(images), leave=False)):
-            if not isinstance(image, str):
-                if keep:
-                    whole[i] = image
-            elif skip:
-                readable[i] = False
-            else:
+            readable[i] = not isinstance(image, str)
+            if not readable[i] and not skip:
                 raise Unusable(f"argument --data-dir: {image}; --skip-bad-images goes on without it")
+            if readable[i] and keep:
+                whole[i] = image
     return whole if keep else images, readable
 
 
@@ -503,7 +498,7 @@ def make_shapes(n, image_size, seed):
     labels = {name: rng.permutation(np.arange(n) % classes) for name, classes in SHAPES.items()}
     tables, images = signed_distances(), np.empty((n, 3, image_size, image_size), np.uint8)
     f32 = lambda *shape: rng.random_sample(shape).astype(np.float32)
-    axis = (np.arange(image_size, dtype=np.float32) + np.float32(0.5)) / np.float32(image_size)
+    axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     hues = np.array([(230, 60, 50), (240, 150, 40), (235, 225, 60), (90, 200, 70),
                      (60, 200, 210), (70, 100, 240), (160, 80, 220), (240, 120, 190)], np.float32)
     for start in range(0, n, 256):
@@ -514,34 +509,34 @@ def make_shapes(n, image_size, seed):
         # Ground: a random dark colour, smooth patches on two scales, grain.
         ground = np.broadcast_to(20 + 100 * f32(b, 3, 1, 1), (b, 3, image_size, image_size)).copy()
         for cells, strength in ((3, 40), (7, 25)):
-            noise, at = f32(b, 1, cells + 1, cells + 1) - np.float32(0.5), axis * np.float32(cells)
+            noise, at = f32(b, 1, cells + 1, cells + 1) - 0.5, axis * cells
             i = at.astype(int)
             w = at - i.astype(np.float32)
             rows = noise[:, :, i] * (1 - w)[:, None] + noise[:, :, i + 1] * w[:, None]
             ground += strength * (rows[..., i] * (1 - w) + rows[..., i + 1] * w)
-        ground += 20 * (f32(b, 3, image_size, image_size) - np.float32(0.5))
+        ground += 20 * (f32(b, 3, image_size, image_size) - 0.5)
 
         # Object: lighter than its ground; radius, direction; copies side by side, anywhere.
-        fill = hues[y["colour"]][..., None, None] * (np.float32(0.8) + np.float32(0.3) * f32(b, 1, 1, 1))
-        radius = column(np.array([0.22, 0.19, 0.16], np.float32)[y["distance"]] * (np.float32(0.95) + np.float32(0.1) * f32(b)))
+        fill = hues[y["colour"]][..., None, None] * (0.8 + 0.3 * f32(b, 1, 1, 1))
+        radius = column(np.array([0.22, 0.19, 0.16], np.float32)[y["distance"]] * (0.95 + 0.1 * f32(b)))
         turn = (y["pose"] - 1.5) / 24 + 0.02 * (rng.random_sample(b) - 0.5)
         cos, sin = (column(np.round(f(2 * np.pi * turn), 4)) for f in (np.cos, np.sin))
         spread = radius * np.where(column(y["count"]) > 0, np.float32(2.1), np.float32(1))                  # half the group's side
-        centre = np.float32(0.5) + (2 * f32(2, b, 1, 1) - 1) * np.maximum(np.float32(0.52) - spread, 0)     # [2, b, 1, 1]
+        centre = 0.5 + (2 * f32(2, b, 1, 1) - 1) * np.maximum(0.52 - spread, 0)                             # [2, b, 1, 1]
         for copy in range(4):
             place = LAYOUTS[y["count"], copy]                                                       # [b, 2]
-            cy, cx = (centre[i] + np.float32(1.08) * radius * column(place[:, i]) for i in (0, 1))
+            cy, cx = (centre[i] + 1.08 * radius * column(place[:, i]) for i in (0, 1))
             dy, dx = (axis[:, None] - cy) / radius, (axis[None, :] - cx) / radius                           # [b, S, S]
             u, v = cos * dx + sin * dy, cos * dy - sin * dx
-            cell = [np.clip((t + np.float32(1.5)) * np.float32(GRID / 3), 0, GRID - 1).astype(np.int32) for t in (v, u)]
-            pixels = radius * np.float32(image_size)
+            cell = [np.clip((t + 1.5) * (GRID / 3), 0, GRID - 1).astype(np.int32) for t in (v, u)]
+            pixels = radius * image_size
             depth = -tables[y["shape"][:, None, None], cell[0], cell[1]] * pixels                           # in pixels
-            inside = np.clip(depth + np.float32(0.5), 0, 1) * column(y["count"] >= copy)
+            inside = np.clip(depth + 0.5, 0, 1) * column(y["count"] >= copy)
             # style = 2 * striped + outlined: differences of lightness, so that they survive colour jitter.
-            period = u * np.float32(1.5)
-            stripe = column(y["style"] // 2) * (period - np.floor(period) < np.float32(0.5))
-            edge = column(y["style"] % 2) * np.clip(np.float32(0.2) * pixels - depth + np.float32(0.5), 0, 1)
-            paint = fill * (1 - np.float32(0.5) * stripe)[:, None]
+            period = u * 1.5
+            stripe = column(y["style"] // 2) * (period - np.floor(period) < 0.5)
+            edge = column(y["style"] % 2) * np.clip(0.2 * pixels - depth + 0.5, 0, 1)
+            paint = fill * (1 - 0.5 * stripe)[:, None]
             paint = paint + edge[:, None] * (255 - paint)
             ground += inside[:, None] * (paint - ground)
         images[start:start + b] = np.rint(np.clip(ground, 0, 255))
@@ -830,7 +825,7 @@ def patches(x, p):
 
 def take(x, index):
     """x [B, N, D], index [B, ...] -> [B, ..., D]: per image, the rows that index names."""
-    return x.gather(1, index.flatten(1)[..., None].expand(-1, -1, x.shape[2])).view(*index.shape, x.shape[2])
+    return x.take_along_dim(index.flatten(1)[..., None], dim=1).unflatten(1, index.shape[1:])
 
 
 def count_parameters(module):
@@ -866,7 +861,7 @@ def process():
 def share(x):
     """Of [n, ...], which every process has, the n / world rows that are this one's."""
     rank, world = process()
-    return x[len(x) * rank // world:len(x) * (rank + 1) // world]
+    return x.tensor_split(world)[rank]
 
 
 def gather(z):
@@ -1042,7 +1037,7 @@ def train(args, model, training_step, data, after_step=None):
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
         unread, saved = [], time.monotonic()
-        names = history[0].keys() - LOGGED - OPTIONAL if history else so_far.keys() - LOGGED or None
+        names = (history[0] if history else so_far).keys() - LOGGED - OPTIONAL    # none in a new run
 
         for step, images in zip(range(first, steps), load_batches(data.images, draw_batches(data.images, args, first, steps), device)):
             epoch, i = divmod(step, per_epoch)
@@ -1066,7 +1061,7 @@ def train(args, model, training_step, data, after_step=None):
                 optimizer.step()                                  # Muon's matrix products, that is
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
-            names = terms.keys() if names is None else names
+            names = names or terms.keys()
             if terms.keys() != names:
                 raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}: one that is off is 0")
             terms = {"loss": loss, **terms}
@@ -1131,11 +1126,10 @@ def draw_batches(images, args, first, steps):
 def collect(so_far, unread, names, step):
     """Append the terms of the last steps up to `step`, each a list of len(names), to so_far[name]. Raises RunFailed at one that is not finite."""
     for t, values in enumerate(unread, step + 1 - len(unread)):
-        for name, value in reversed(list(zip(names, values))):                 # the terms before the loss that they make up
-            if not math.isfinite(value):
-                raise RunFailed(f"{name} is {value} at step {t}; what was saved is from before. {'Try a lower --lr.' if t else 'The loss itself is at fault: no step was made yet.'}")
         for name, value in zip(names, values):
             so_far.setdefault(name, []).append(value)
+        if bad := [name for name in names if not math.isfinite(so_far[name][-1])]:     # the last: terms before the loss that they make up
+            raise RunFailed(f"{bad[-1]} is {so_far[bad[-1]][-1]} at step {t}; what was saved is from before. {'Try a lower --lr.' if t else 'The loss itself is at fault: no step was made yet.'}")
 
 
 def keep_script(training_step, out, resume):
@@ -1227,9 +1221,7 @@ def restore(args, model, optimizer, images):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         for group, p in ((group, p) for group in optimizer.param_groups for p in group["params"]):
-            names = {"velocity"} if isinstance(optimizer, LARS) else {"step", "exp_avg", "exp_avg_sq"}
-            if isinstance(optimizer, Muon) and group["muon"]:
-                names.remove("exp_avg_sq")
+            names = {"velocity"} if isinstance(optimizer, LARS) else {"step", "exp_avg"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
             if optimizer.state[p].keys() != names or any(m.dtype != p.dtype or m.shape not in (p.shape, ()) for m in optimizer.state[p].values()):
                 raise ValueError("the optimizer's moments are not those of its weights")
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -1245,12 +1237,10 @@ def restore(args, model, optimizer, images):
 
 def report(row, epochs, history):
     """One line per epoch on the terminal, and a warning where the embeddings collapse."""
-    show = lambda name, values: name + " " + " / ".join(values)
-    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.3f}",
-             show("rank", [f"{rank:.1f}" for rank in row["effective_rank"].values()])]
+    line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}  rank " + " / ".join(f"{rank:.1f}" for rank in row["effective_rank"].values())
     if "knn" in row:
-        parts.append(show("k-NN", [f"{100 * accuracy:.1f}" for accuracy in row["knn"].values()]))
-    tqdm.write("  ".join(parts + [f"{row['images_per_second']:.0f} images/s", f"{row['peak_memory_mb']:.0f} MB"]))
+        line += "  k-NN " + " / ".join(f"{100 * accuracy:.1f}" for accuracy in row["knn"].values())
+    tqdm.write(f"{line}  {row['images_per_second']:.0f} images/s  {row['peak_memory_mb']:.0f} MB")
     for level, rank in row["effective_rank"].items():
         if rank < 2 and not any(past["effective_rank"][level] < 2 for past in history[:-1]):  # one direction is left, or none
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
@@ -1309,32 +1299,28 @@ def load_checkpoint(path, method=None):
 
     Raises Unusable where it is missing, damaged or of another method.
     """
+    fields = {"method": str, "config": dict, "step": int, "terms": dict, "seconds": float, "history": list, "model": dict, "optimizer": dict}
+    number = lambda x: isinstance(x, (int, float))
+    numbers = lambda x: number(x) or isinstance(x, dict) and all(map(number, x.values()))
+    lists = lambda x: isinstance(x, dict) and all(isinstance(y, list) and all(map(number, y)) for y in x.values())
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                 raise ValueError("it unpacks to more than its own size")
             if archive.testzip():
                 raise ValueError("its bytes are not those that were written")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {"terms": {}, **torch.load(path, map_location="cpu", weights_only=True)}       # older ones have no terms
+        log, terms, weights = state.get("history"), state["terms"], state.get("model")
+        if not (all(isinstance(state.get(name), kind) for name, kind in fields.items())
+                and all(isinstance(row, dict) and row.keys() - OPTIONAL == log[0].keys() - OPTIONAL >= LOGGED for row in log)
+                and all(lists(value) if name == "curve" else numbers(value) for row in log for name, value in row.items())
+                and lists(terms) and len(set(map(len, terms.values()))) <= 1
+                and all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes for value in weights.values())):
+            raise ValueError("its fields, its log or its weights are not as these scripts write them")
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
-    except Exception as error:                 # torch.load has no common base class for what it raises on foreign bytes
-        raise Unusable(f"{path}: not a checkpoint that these scripts wrote: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    fields = {"method": str, "config": dict, "step": int, "terms": dict, "seconds": float, "history": list, "model": dict, "optimizer": dict}
-    if isinstance(state, dict):
-        state.setdefault("terms", {})          # older ones have none
-    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in fields.items()):
-        raise Unusable(f"{path}: not a checkpoint that these scripts wrote")
-    number = lambda x: isinstance(x, (int, float))
-    numbers = lambda x: number(x) or isinstance(x, dict) and all(map(number, x.values()))
-    lists = lambda x: isinstance(x, dict) and all(isinstance(y, list) and all(map(number, y)) for y in x.values())
-    log = state["history"]
-    if (not all(isinstance(row, dict) and row.keys() - OPTIONAL == log[0].keys() - OPTIONAL >= LOGGED
-                   and all(lists(value) if name == "curve" else numbers(value) for name, value in row.items()) for row in log)
-            or not lists(state["terms"]) or len(set(map(len, state["terms"].values()))) > 1
-            or not all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes
-                                                              for value in state["model"].values())):
-        raise Unusable(f"{path}: its log or its weights are not as these scripts write them")
+    except Exception as error:                 # foreign bytes can make torch.load, and the checks, raise anything
+        raise Unusable(f"{path}: its content is not a checkpoint of these scripts: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if method and state["method"] != method:
         raise Unusable(f"{path}: a checkpoint of {state['method']}.py, not of {method}.py")
     return state

@@ -180,7 +180,6 @@ def arguments(argv=None):
 
 def load(path, device="auto", data_dir=None):
     """A checkpoint's (model, args) on `device`, the model in evaluation mode. Raises Unusable."""
-    path = Path(path)
     common.join_processes(common.pick_device(device))
     state = common.from_first(common.load_checkpoint(path) if common.process()[0] == 0 else None)    # the others may be on other machines
     if state["method"] not in MODELS:
