@@ -17,7 +17,7 @@ x_k = t_k(x), k = 1, 2, of a batch of n = B images:
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
-h is the "projector" or "expander"; pooling is mentioned in section 3.2 alone. C is 512 at width 64 (ResNet-18); at 32 px stack 1
+h is the "projector" or "expander"; only section 3.2 mentions pooling. C is 512 at width 64 (ResNet-18); at 32 px stack 1
 reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack:
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
