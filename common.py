@@ -1310,12 +1310,13 @@ def load_checkpoint(path, method=None):
             if archive.testzip():
                 raise ValueError("its bytes are not those that were written")
         state = {"terms": {}, **torch.load(path, map_location="cpu", weights_only=True)}       # older ones have no terms
-        log, terms, weights = state.get("history"), state["terms"], state.get("model")
+        log, terms = state.get("history"), state["terms"]
         if not (all(isinstance(state.get(name), kind) for name, kind in fields.items())
                 and all(isinstance(row, dict) and row.keys() - OPTIONAL == log[0].keys() - OPTIONAL >= LOGGED for row in log)
                 and all(lists(value) if name == "curve" else numbers(value) for row in log for name, value in row.items())
                 and lists(terms) and len(set(map(len, terms.values()))) <= 1
-                and all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes for value in weights.values())):
+                and all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes    # not one number for all of it
+                        for values in (state["model"], *state["optimizer"].get("state", {}).values()) for value in values.values())):
             raise ValueError("its fields, its log or its weights are not as these scripts write them")
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error

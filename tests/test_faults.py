@@ -518,11 +518,14 @@ UNREADABLE = {
     "truncated_tif": encoded(NOISE, "tiff")[:900], "html": b"<html>404</html>", "pickle": pickle.dumps(3), "bomb": bomb()}
 
 
-@pytest.mark.parametrize("what", [KeyError, None, torch.zeros(3), torch.zeros(1).expand(2**40)], ids=["missing", "none", "shape", "huge"])
+@pytest.mark.parametrize("what", [KeyError, None, torch.zeros(3), torch.zeros(1).expand(2**40), lambda m: m.to_sparse(), lambda m: torch.zeros(1).expand_as(m)],
+                         ids=["missing", "none", "shape", "huge", "sparse", "repeats"])
 def test_a_forged_momentum_is_refused(what, undisturbed, tmp_path):
     """Of Muon, whose matrices have one moment where AdamW's weights have two."""
     state = torch.load(undisturbed("cjepa") / "checkpoint.pt", weights_only=True)
     assert state["config"]["optimizer"] == "muon" and state["optimizer"]["state"][0].keys() == {"step", "exp_avg"}
+    if callable(what) and what is not KeyError:
+        what = what(state["optimizer"]["state"][0]["exp_avg"])
     change(state, "optimizer/state/0/exp_avg", what)
     torch.save(state, tmp_path / "checkpoint.pt")
     assert not loads(tmp_path / "checkpoint.pt", "cjepa")
