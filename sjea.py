@@ -5,13 +5,13 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
     python sjea.py --stacks 2 --dataset stl10
 
-A second encoder reads the *map* of the first, before pooling, for features that are more abstract, and each stack has its own
-VICReg loss. In z0_1 the 0 is the stack and the 1 the view (in the code y_1 and z_1 are of view 1, in any stack). For both views
-x_k = t_k(x), k = 1, 2, of a batch of n = B images:
+A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads the *map* of stack 0's, before pooling, for
+features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops over stacks and drops the former:
+z_1. For both views x_k = t_k(x), k = 1, 2, of a batch of n = B images:
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
-    loss = loss0 + loss1; each flows back through its own h and f and every f below, in one step
+    loss = loss0 + loss1; the gradient of each goes through its own h and f and every f below, in one step
 
     here           t_k             x_k    f[0], h[0]          y0_k, z0_k        f[1], h[1]      y1_k, z1_k
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
@@ -23,27 +23,27 @@ reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack:
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
     s(Z_1, Z_2) = 1/n  sum_i ||z_1i - z_2i||^2          the views agree                 VICReg Eq. (5)
-    v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2)
+    v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), gamma = 1
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' codes, to which
-section 3.2's coefficients (25, 25, 1) belong, s is here also divided by d, and v_loss is halved.
-Algorithm 1's y1_1 = f2(y1_1) is a slip for f2(y0_1), section 3.1's f_theta(X2) for f_theta(V2). Figure 1 speaks of a weighted
-sum of the losses: --stack-weights, all 1 by default. Section 4.3 speaks of a stack that reads the projector's embeddings, and
-the authors' published code (AlzbetaM/S-JEA) lays those 256 numbers out as an image of 16 x 16 with one channel for stack 1;
-here, as in section 3.2, it reads the map y0 in every column of Table 3.
-Images up to 64 px get a 3x3 stem without max-pooling (the standard one would leave stack 1 a single cell to read at 32 px), and
-so does every later stack. With --stacks 1 and the same flags the trained weights are those of vicreg.py, on a CPU bit for bit.
+Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' code, s is here
+also divided by d and v_loss is halved: the coefficients (25, 25, 1) of section 3.2 belong to that.
+Algorithm 1's y1_1 = f2(y1_1) is a slip for f2(y0_1), section 3.1's f_theta(X2) for f_theta(V2). Figure 1 mentions a weighted
+sum of the losses: --stack-weights, all 1 by default. Section 4.3 mentions a stack that reads the projector's embeddings; in the
+authors' published code (AlzbetaM/S-JEA) stack 1 does, as an image of 16 x 16 with one channel. Here, as in section 3.2, it
+always reads the map y0.
+The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1 would have
+a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of vicreg.py, on a CPU bit for bit.
 
-Section 3.2's model with its authors' code's optimizer, Adam at 1e-3 = 0.002 x 128 / 256 (--lr is the rate for a batch of 256), is
+The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam; --lr is for a batch of 256, so 0.002 x 128 / 256 = 1e-3):
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
---projectors 10 because Table 1's figures on CIFAR-10 are those of Table 3's column with a projector on stack 0 and none on
-stack 1 (Algorithm 1, and the default here, has both). Batch size, crops and projector (but for a bias in its last layer, which
-no term feels) are the authors' code's; weight decay, warm-up and cosine are ours. With both, stack 0 has 11.43 M parameters,
-stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2). The defaults suit minutes
-on two CPU cores: width 16 (so C = 128), Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
+--projectors 10: Table 1's figures on CIFAR-10 are those of Table 3's column with a projector on stack 0 alone; Algorithm 1, and
+the default here, has both. Batch size, crops and projector (but for a bias in its last layer, which changes no term) are the
+authors' code's; weight decay, warm-up and cosine are ours. With both projectors stack 0 has 11.43 M parameters, stack 1, whose
+stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2). The defaults are made for minutes on two
+CPU cores: width 16 (so C = 128), Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -89,7 +89,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), with s over n * d and half of v(Z) + v(Z'), as in both authors' codes.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), with s over n * d and half of v(Z) + v(Z'), as in both authors' code.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name, scalars too.
@@ -97,7 +97,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean of both, with which mu = 25 was chosen, not the papers' sum: the term would weigh twice as much.
+        ## The mean, not the papers' sum: mu = 25 was chosen with the mean.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -109,7 +109,7 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
     """
-    ## Here all that VICReg asks lives in one matrix, *across* the views: its diagonal at 1 asks for agreement and
+    ## One matrix, *across* the views, asks for all that VICReg asks for: its diagonal at 1 for agreement and
     ## for spread, the rest at 0 for dimensions that say different things.
     with torch.autocast(z_1.device.type, enabled=False):
         z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
@@ -146,7 +146,7 @@ class SJEA(nn.Module):
         """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, C, m, m]."""
         y, ys = x, []
         for f in self.f:
-            ## Nothing is pooled or resized between stacks: stack 1 sees where in the image y0 found what.
+            ## Nothing is pooled or resized between stacks: stack 1 sees what y0 found, and where in the image.
             ## With --stop-gradient, proposed in section 4.3, loss1 cannot reshape y0, and stack 0 is plain VICReg.
             y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0_k = f1(x_k), y1_k = f2(y0_k)
             ys.append(y)
@@ -154,8 +154,8 @@ class SJEA(nn.Module):
 
     def forward(self, x_1, x_2):
         """Two views [B, 3, H, W] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d], without a projector [B, C]."""
-        return [(h(pool(y_1)), h(pool(y_2)))                              # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
-                for h, y_1, y_2 in zip(self.h, self.maps(x_1), self.maps(x_2))]
+        ys_1, ys_2 = self.maps(x_1), self.maps(x_2)
+        return [(h(pool(y_1)), h(pool(y_2))) for h, y_1, y_2 in zip(self.h, ys_1, ys_2)]    # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
 
     def representations(self, x):
         """{level: [B, C]}: what common.train and eval_linear judge, each stack's pooled map."""
@@ -171,7 +171,7 @@ def transformations(args):
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## In VICReg's authors' code the two views differ: above 64 px the first is always blurred, the second rarely; that one is at times
+    ## In VICReg's authors' code the two views differ: the first is always blurred, the second rarely, and only the second is ever
     ## solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
@@ -183,12 +183,14 @@ def training_step(model, x, args, generator):
     x_2 = common.augment(x, t_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
     for stack, z in enumerate(model(x_1, x_2)):
-        z_1, z_2 = map(common.gather, z)                                  # [n, d], of all processes
-        loss_stack, terms_stack = (vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu) if args.base == "vicreg"    # S-JEA Eq. (1)
-                                   else barlow_twins_loss(z_1, z_2))
+        z_1, z_2 = map(common.gather, z)                                  # [n, d], n = B x processes
+        if args.base == "vicreg":
+            loss_stack, terms_stack = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)   # S-JEA Eq. (1)
+        else:
+            loss_stack, terms_stack = barlow_twins_loss(z_1, z_2)
         loss = loss + args.stack_weights[stack] * loss_stack              # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}
-        embeddings[str(stack)] = z_1                                      # for the log's effective rank; one view is enough
+        embeddings[str(stack)] = z_1                                      # for the log: over how many directions they spread
     return loss, terms, embeddings
 
 
@@ -213,7 +215,7 @@ def arguments(argv=None):
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), VICReg's")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
-    # An optimizer has a rate and a decay of its own, for which argv is read ahead.
+    # Each optimizer has its own default rate and decay, so argv is searched for it first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
     args = common.parse(parser, argv)
