@@ -12,16 +12,16 @@ how they and the defaults differ from the paper. s_hat [B, M, Nt, D]: prediction
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
-with the published beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). v and c are to guard against collapse
-beside the EMA, s to get the mean of the patches right. Without an EMA and with AdamW 0.001 is too little here, 0.1 is enough
-(README, "Break it and see"). Z and Z' [n, d] are means over patches, n images by d = D features; s, the invariance: their mean
-squared difference; v, the variance: how far the spread of each dimension falls short of 1; c, the covariance: what dimensions
-have in common. As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their
-sum.
-This script was written from a review of the paper, which lacks the coefficients, swaps the two encoders in a caption, and does
-not say what the "augmented views" are whose means are Z and Z'. The choice here is ours: an image has one crop; its views are
-the M predictions, one per block, and the terms are averaged over all pairs of blocks. --views target is the other reading: the
-mean prediction and the mean target.
+with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). Z and Z' [n, d] are means over patches, n images by
+d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906): s, the invariance, is the mean squared difference of
+Z and Z'; v, the variance, how far the spread of each dimension falls short of 1; c, the covariance, what dimensions have in
+common. As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their sum. v and
+c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA and with AdamW a
+beta_vicreg of 0.001 is too little here, 0.1 is enough (README, "Break it and see").
+This script was written from a review of the paper; the coefficients are the paper's as others quote them. The review does not say
+what the "augmented views" are whose means are Z and Z'. The choice here is ours: an image has one crop; its views are the M
+predictions, one per block, and the terms are averaged over all pairs of blocks. --views target is the other reading: the mean
+prediction and the mean target.
 """
 import copy
 import itertools
@@ -94,8 +94,8 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
         return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss, with --loss l2
-    ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
-    ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
+    ## Quadratic for errors below 1 and linear above. A low loss does not mean good features, only easily predicted ones:
+    ## watch k-NN instead, and effective_rank, which falls to 1 in a collapse.
     return F.smooth_l1_loss(s_hat, s_y)                                   # the default
 
 
@@ -109,7 +109,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side, but where nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side unless nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -123,11 +123,10 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
-    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128 (the paper's
-    ## table: 0.25): the context depends on the batch size (in the authors' code on each GPU's). The first patches, row by row, stay,
-    ## as in the authors' code, so with four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the
-    ## True first, in their order.)
+    ## A tensor needs one length: all images are cut to the smallest number of patches that the blocks leave in any. The first stay, row
+    ## by row, as in the authors' code, so with four blocks the context encoder seldom sees the lower rows. On 14 x 14 patches four
+    ## blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch of 128 (the paper's table: 0.25): it depends on the
+    ## batch size (in the authors' code on each GPU's). The stable sort puts the True first, in their order.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
@@ -178,7 +177,7 @@ def draw_masks(args, batch_size, generator):
 # ---- model ----------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow ViT: says the features of a target block from the context's features and the block's positions. d: its width."""
+    """A narrow ViT: predicts the features of a target block from the context's features and the block's positions. d: its width."""
 
     def __init__(self, args, D, out_features):
         super().__init__()
@@ -197,8 +196,8 @@ class Predictor(nn.Module):
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
-        asked = self.blocks[-1](tokens, last=Nt)                          # Nt queries, all keys: no one reads the others  [B M, Nt, d]
-        return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
+        predicted = self.blocks[-1](tokens, last=Nt)                      # only the block's Nt outputs are read  [B M, Nt, d]
+        return self.project(self.norm(predicted)).unflatten(0, (B, M))                      # [B, M, Nt, D]
 
 
 class JEPA(nn.Module):
@@ -216,7 +215,7 @@ class JEPA(nn.Module):
         """Images y [B, 3, H, W], context [B, Nc], targets [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
-            ## The encoder ends in a norm of its own, whose learned scale could shrink the loss: hence this one.
+            ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
             s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]; pixels: [B, N, 3 p p]
         s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
@@ -233,18 +232,18 @@ def training_step(model, images, args, generator):
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    _, world = common.process()                                                             # 1 without torchrun; then share takes all
-    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images: one Nc
-    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
+    _, world = common.process()                                                             # 1 without torchrun
+    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images, so that Nc is one
+    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)                      # take: the s_y(i) [B, M, Nt, D]
     z = common.gather(s_hat.float().mean(2))                              # pooled predictions [B, M, D], of all processes
     if args.views == "blocks":
-        pairs = list(itertools.combinations(z.unbind(1), 2))              # of (Z, Z'), each [B, D]
+        pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [B, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## The M predictions of one image are views of it that no one had to design. s makes their means agree: by telling of the whole
-    ## image, or by being one constant, which v forbids: it keeps images apart. c makes dimensions say different things.
+    ## The M predictions of one image are views of it that no one had to design. s makes their means agree, v keeps those of different
+    ## images apart, c keeps dimensions from saying the same.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, lambda_=args.beta_sim, mu=args.beta_std, nu=args.beta_cov) for z_i, z_j in pairs))
     loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
     terms = {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
@@ -265,8 +264,9 @@ def update_target(model, args, progress):
 
 # ---- arguments ------------------------------------------------------------------------------
 
+# ViT-B/16. --lr is for a batch of 256: 1.25e-4 x 2048 / 256 = 1e-3.
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")  # ViT-B/16; lr: 1e-3 at this batch
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")
 
 
 def arguments(argv=None):
@@ -295,7 +295,7 @@ def arguments(argv=None):
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
                                 warmup_epochs=0.5, eval_every=3)
-    given = parser.parse_known_args(argv)[0]
+    given = parser.parse_known_args(argv)[0]                             # two flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
     if given.recipe == "paper":
@@ -311,12 +311,12 @@ def arguments(argv=None):
 
 
 def check_grid(args):
-    """Raises Unusable where patches do not divide the image, the predictor's width suits neither heads nor positions, or masks may leave no context."""
+    """Raises Unusable where the sizes of image, patches, predictor and masks do not fit together."""
     if args.image_size % args.patch_size:
         raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
     (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size
     if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > width:
-        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads up to {width}, the encoder's width")
+        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads, at most {width}, the encoder's width")
     if grid_size < 2 or args.masking == "rasterized" and grid_size % 2:
         raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
     wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},

@@ -14,18 +14,18 @@ the indices B_x. From their features a predictor computes what the target encode
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
-In shapes B is the number of images and D that of features; B_x and B_i are sets of indices, and in the loss D is the paper's distance.
+The paper's f_theta-bar, f_theta and g_phi are the target encoder, the context encoder and the predictor. In shapes B is the number
+of images and D that of features; B_x and B_i are sets of indices, and in the loss D is the paper's distance.
 
-Where this script differs from the paper: from the authors' code (facebookresearch/ijepa) come the layer norm of s_y, crops
-without flips (no other augmentation), and by default D as smooth-L1, averaged over everything; --loss l2 is the paper's sum.
-A block's size is drawn among the whole-patch rectangles in the published ranges. None spans a full side, but where nothing else
-fits: up to 25 x 25 patches the context square is the whole image, or all but one row and column. The authors' code takes a
-block's area and shape from one random number and rounds, so that it may leave the ranges, and never reaches the grid's last row
-and column. Weights are Xavier's, the last layers of each block scaled down with its depth: at width 768 standard deviations of
-0.005 to 0.042, where the authors' code has 0.02, a value too small for small networks. --recipe paper sets the published
-numbers (PAPER, below), with a warm-up from near 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not
-the paper's line. The defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at 32 px on two CPU
-cores.
+Where this script differs from the paper: as in the authors' code (facebookresearch/ijepa) s_y is layer-normed, crops without
+flips are the only augmentation, and D is by default, and with --recipe paper, smooth-L1, averaged over everything; --loss l2 is
+the paper's sum. A block's size is drawn among the whole-patch rectangles in the published ranges; none spans a full side unless
+nothing else fits, so that up to 25 x 25 patches the context square is the whole image, or all but one row and column. The
+authors' code takes a block's area and shape from one random number and rounds, so that it may leave the ranges, and never
+reaches the grid's last row and column. Weights are Xavier's, the last layers of each block scaled down with its depth; the
+authors' code's standard deviation of 0.02 is too small for small networks. --recipe paper sets the published numbers (PAPER,
+below), with a warm-up from near 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not linearly. The
+defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at 32 px on two CPU cores.
 """
 import copy
 
@@ -48,8 +48,8 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
         return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss, with --loss l2
-    ## Quadratic for errors below 1 and linear above. The value of either loss does not rank features: it is low, too,
-    ## where the encoder makes them easy to predict. Watch effective_rank and k-NN instead.
+    ## Quadratic for errors below 1 and linear above. A low loss does not mean good features, only easily predicted ones:
+    ## watch k-NN instead, and effective_rank, which falls to 1 in a collapse.
     return F.smooth_l1_loss(s_hat, s_y)                                   # the default
 
 
@@ -63,7 +63,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side, but where nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side unless nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -77,11 +77,10 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## The blocks leave a different number of patches in each image, and a tensor needs one length: all are cut to the smallest.
-    ## With four blocks on 14 x 14 patches 0.42 of an image is left on average, and 0.26 after the cut in a batch of 128 (the paper's
-    ## table: 0.25): the context depends on the batch size (in the authors' code on each GPU's). The first patches, row by row, stay,
-    ## as in the authors' code, so with four blocks the lower rows are seldom seen by the context encoder. (The stable sort puts the
-    ## True first, in their order.)
+    ## A tensor needs one length: all images are cut to the smallest number of patches that the blocks leave in any. The first stay, row
+    ## by row, as in the authors' code, so with four blocks the context encoder seldom sees the lower rows. On 14 x 14 patches four
+    ## blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch of 128 (the paper's table: 0.25): it depends on the
+    ## batch size (in the authors' code on each GPU's). The stable sort puts the True first, in their order.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
@@ -132,7 +131,7 @@ def draw_masks(args, batch_size, generator):
 # ---- model ----------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow ViT: says the features of a target block from the context's features and the block's positions. d: its width."""
+    """A narrow ViT: predicts the features of a target block from the context's features and the block's positions. d: its width."""
 
     def __init__(self, args, D, out_features):
         super().__init__()
@@ -151,8 +150,8 @@ class Predictor(nn.Module):
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
-        asked = self.blocks[-1](tokens, last=Nt)                          # Nt queries, all keys: no one reads the others  [B M, Nt, d]
-        return self.project(self.norm(asked)).unflatten(0, (B, M))                          # [B, M, Nt, D]
+        predicted = self.blocks[-1](tokens, last=Nt)                      # only the block's Nt outputs are read  [B M, Nt, d]
+        return self.project(self.norm(predicted)).unflatten(0, (B, M))                      # [B, M, Nt, D]
 
 
 class JEPA(nn.Module):
@@ -170,7 +169,7 @@ class JEPA(nn.Module):
         """Images y [B, 3, H, W], context [B, Nc], targets [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
-            ## The encoder ends in a norm of its own, whose learned scale could shrink the loss: hence this one.
+            ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
             s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]; pixels: [B, N, 3 p p]
         s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
@@ -187,9 +186,9 @@ def training_step(model, images, args, generator):
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    _, world = common.process()                                                             # 1 without torchrun; then share takes all
-    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images: one Nc
-    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # [B, Nc], [B, M, Nt]
+    _, world = common.process()                                                             # 1 without torchrun
+    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images, so that Nc is one
+    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": common.gather(s_hat.mean((1, 2)))}
@@ -209,8 +208,9 @@ def update_target(model, args, progress):
 
 # ---- arguments ------------------------------------------------------------------------------
 
+# ViT-B/16. --lr is for a batch of 256: 1.25e-4 x 2048 / 256 = 1e-3.
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")  # ViT-B/16; lr: 1e-3 at this batch
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")
 
 
 def arguments(argv=None):
@@ -234,7 +234,7 @@ def arguments(argv=None):
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
     common.add_common_arguments(parser, method="ijepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
                                 warmup_epochs=0.5, eval_every=3)
-    given = parser.parse_known_args(argv)[0]
+    given = parser.parse_known_args(argv)[0]                             # two flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
     if given.recipe == "paper":
@@ -248,12 +248,12 @@ def arguments(argv=None):
 
 
 def check_grid(args):
-    """Raises Unusable where patches do not divide the image, the predictor's width suits neither heads nor positions, or masks may leave no context."""
+    """Raises Unusable where the sizes of image, patches, predictor and masks do not fit together."""
     if args.image_size % args.patch_size:
         raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
     (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size
     if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > width:
-        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads up to {width}, the encoder's width")
+        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads, at most {width}, the encoder's width")
     if grid_size < 2 or args.masking == "rasterized" and grid_size % 2:
         raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
     wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},
