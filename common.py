@@ -87,8 +87,8 @@ def add_common_arguments(parser, **defaults):
     add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     add("--data-dir", default="data", help="where the dataset lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024), help="side of a view in pixels (default: the dataset's own; folder: 224)")
-    add("--skip-bad-images", action="store_true", help="of --dataset folder: go on without the images that cannot be read; streamed, all are read once to find them")
-    add("--stream", action="store_true", help="of --dataset folder: read images from disk as they are needed, as is done anyway where they fill half the free memory")
+    add("--skip-bad-images", action="store_true", help="with --dataset folder: leave out images that cannot be read; when streaming, all are read once to find them")
+    add("--stream", action="store_true", help="with --dataset folder: read images from disk when needed; automatic where they would fill half the free memory")
     add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
@@ -107,7 +107,7 @@ def add_common_arguments(parser, **defaults):
 
 
 def parse(parser, argv=None):
-    """Parse argv and settle what depends on the machine: device, precision, --out, image size. Raises Unusable."""
+    """Parse argv, settle device, precision, --out and image size, and join torchrun's processes. Raises Unusable."""
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     args.precision = args.precision or ("bf16" if bf16_is_fast(args.device) else "fp32")
@@ -153,7 +153,7 @@ def memory_format(device):
 
 
 def keep_memory():
-    """Have glibc keep the memory of freed tensors: what it gives back returns in pages that the system has to clear first, at every step."""
+    """Have glibc keep the memory of freed tensors: given back, it would return at every step in pages that the system has to clear first."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                    # M_MMAP_MAX: no tensor has a mapping of its own
@@ -246,12 +246,12 @@ def torchvision_dataset(name, args, **options):
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{', and no download' * options['download']}: {error}") from error
+        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{', nor can it be downloaded' * options['download']}: {error}") from error
 
 
 @contextmanager
 def one_at_a_time(folder):
-    """Of the processes of one machine the first goes on, with a folder that is there; the next when it has left. So one downloads for all."""
+    """Make the folder and let the processes of one machine in one at a time: so one downloads for all."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -292,7 +292,7 @@ def load_folder(args, download):
     test = root / "test" if (root / "test").is_dir() else root / "val"
     for part in (root, root / "train", test):
         if not part.is_dir():
-            raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/*")
+            raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/* (or val)")
     parts = {part: list_images(part, root / f"{part.name}-index.npz") for part in (root / "train", test)}
     names = [{os.fsdecode(name) for name in index["classes"]} for index in parts.values()]
     if names[0] != names[1]:
@@ -320,9 +320,9 @@ def load_folder(args, download):
 
 
 def list_images(part, known):
-    """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], "classes", and "folders" with when they "changed".
+    """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], "classes", and "folders" and when each "changed".
 
-    What load_folder kept of it in the file `known` holds while no folder has changed. Raises Unusable or OSError.
+    What load_folder kept of this in the file `known` is returned while no folder has changed; "new" marks a fresh list. Raises Unusable or OSError.
     """
     try:
         index = dict(np.load(known))                                       # no pickle: loading it runs no code
@@ -333,7 +333,7 @@ def list_images(part, known):
     seen, below = {}, lambda paths: np.array([os.fsencode(path)[len(os.fsencode(part)) + 1:] for path in paths])
     for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does, 40 times around a loop
         if os.path.realpath(folder) in seen:
-            raise Unusable(f"argument --data-dir: {folder} is a link to a folder that is in {part} already")
+            raise Unusable(f"argument --data-dir: {folder} leads to a folder that is in {part} already; remove the link")
         seen[os.path.realpath(folder)] = folder, os.stat(folder).st_mtime_ns
     listed = torchvision.datasets.ImageFolder(part)
     folders, changed = zip(*seen.values())
@@ -342,7 +342,7 @@ def list_images(part, known):
 
 
 def free_memory(device):
-    """Bytes for each process: free on this machine, or allowed to this job (a container's or SLURM's, by cgroups), and on the device that it computes with."""
+    """Bytes for each process: its share of what is free here or allowed to this job (a container's or SLURM's cgroup), but no more than its GPU has free."""
     try:
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError):              # not Linux: half of all is near enough
@@ -382,9 +382,9 @@ class Stream:
 
 
 def read_all(images, skip, keep):
-    """Decode a Stream once: (images [N, 3, S, S] uint8, or the Stream without `keep`; which can be read, [N] bool array).
+    """Decode a Stream once. Returns (images [N, 3, S, S] uint8, or without `keep` the Stream; [N] bool array, True where one can be read).
 
-    Raises Unusable at one that cannot, unless skip.
+    Raises Unusable at the first that cannot be read, unless `skip`.
     """
     whole, readable = torch.empty(len(images) * keep, 3, images.size, images.size, dtype=torch.uint8), np.ones(len(images), bool)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -400,7 +400,7 @@ def read_all(images, skip, keep):
 
 
 def load_batches(images, index_batches, device):
-    """For each of index_batches, an iterable of [b] on images.device, those images [b, 3, S, S] uint8 on `device`.
+    """Yield images [b, 3, S, S] uint8 on `device` for each of index_batches, an iterable of indices [b] on images.device.
 
     Those of a Stream are read ahead by worker processes. Raises RunFailed at one that cannot be read.
     """
@@ -414,7 +414,7 @@ def load_batches(images, index_batches, device):
             pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator(),  # its own: else it draws from torch's
             multiprocessing_context="fork" if sys.platform == "linux" else None):  # Python 3.14's default imports torch in every worker
         if isinstance(batch, str):
-            raise RunFailed(f"{batch}; what was saved is whole. A new run with --skip-bad-images finds all such images first, if the index of an earlier one, *-index.npz, is removed.")
+            raise RunFailed(f"{batch}; what was saved is whole. To leave out all such images, remove any *-index.npz from --data-dir and start a new run with --skip-bad-images.")
         yield batch.to(device, non_blocking=device == "cuda")
 
 
@@ -580,7 +580,7 @@ def draw_view(view, n, height, width, generator):
     ratio = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3), 10))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.float().argmax(1, keepdim=True)                                            # first attempt that fits
+    first = fits.float().argmax(1, keepdim=True)
     w, h = (torch.where(fits.any(1), side.gather(1, first)[:, 0], largest)
             for side, largest in ((w, min(width, round(height * 4 / 3))), (h, min(height, round(width * 4 / 3)))))
     top, left = (uniform(0, 1) * (height - h + 1)).floor(), (uniform(0, 1) * (width - w + 1)).floor()
@@ -790,7 +790,7 @@ class Block(nn.Module):
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for [B, heads, N, d]; the fused kernel where it is the faster one, and holds no [N, N]."""
+    """softmax(q k^T / sqrt(d)) v for [B, heads, N, d], by the fused kernel, which holds no [N, N], where that is faster."""
     if q.device.type == "cpu" and k.shape[2] < 512:
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -806,9 +806,9 @@ def positions(grid_size, width):
 
 
 def initialise(transformer):
-    """Xavier's uniform weights, no biases; the last layer of either branch of block l scaled by 1 / sqrt(2 l)."""
-    ## The authors draw all weights with a standard deviation of 0.02 (their scaling by depth is drawn over). At width 768 that is near
-    ## Xavier's, 0.023 to 0.036; at width 96 what it leaves of a patch's content is a fifth of its position, and a JEPA learns positions.
+    """Xavier's uniform weights, zero biases; the last layer of either branch of block l scaled by 1 / sqrt(2 l)."""
+    ## The authors draw all weights with a standard deviation of 0.02 (which overwrites their scaling by depth). At width 768 that is near
+    ## Xavier's, 0.023 to 0.036; with 4 x 4 px patches it shrinks a patch's content to a fifth of the position's size, and a JEPA learns positions.
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -834,8 +834,8 @@ def count_parameters(module):
 
 # ---- Many processes --------------------------------------------------------------------------
 # Under torchrun each process works on its share of every batch. All draw the random numbers of the whole
-# batch and use those of their share, and losses over the batch are of gathered embeddings: so many
-# processes compute what one would (but for BN on a CPU, which torch cannot synchronise).
+# batch and use those of their share, and losses over the batch are of gathered embeddings. Together they
+# compute what one process would (but for BN on a CPU, which torch cannot synchronise).
 
 def join_processes(device):
     """Join the processes that torchrun started, if it did; on CUDA each takes a GPU of its own."""
@@ -859,21 +859,21 @@ def process():
 
 
 def share(x):
-    """Of [n, ...], which every process has, the n / world rows that are this one's."""
+    """This process's n / world rows of x [n, ...], which every process has."""
     rank, world = process()
     return x.tensor_split(world)[rank]
 
 
 def gather(z):
-    """[n / world, ...] of every process -> [n, ...], on all, in order; its gradient is exact where all compute one loss of it."""
+    """[n / world, ...] of every process -> [n, ...], on all, in order; its gradient is exact where all processes compute the same loss from it."""
     if not dist.is_initialized():
         return z
     rank, world = process()
     parts = [torch.empty_like(z) for _ in range(world)]
     dist.all_gather(parts, z.detach().contiguous())
     if z.requires_grad:                        # in this process's own rows alone
-        ## DistributedDataParallel takes the mean of the processes' gradients, each of which knows its own share
-        ## of the embeddings alone: the mean would be 1 / world of the gradient of one process.
+        ## DistributedDataParallel takes the mean of the processes' gradients. Each comes through its process's share of the
+        ## embeddings alone, so the mean would be 1 / world of the gradient that a single process computes.
         parts[rank] = z.view_as(z)
         parts[rank].register_hook(lambda gradient: world * gradient)
     return torch.cat(parts)
@@ -927,8 +927,8 @@ class Muon(torch.optim.AdamW):
     Groups with muon=False (biases, norms, the mask token) take AdamW's steps.
     """
     ## A gradient matrix is nearly of low rank: AdamW learns a few directions and hardly moves along the others. With all
-    ## singular values near 1, every direction learns at one rate. (torch.optim.Muon does the same matrix by matrix
-    ## in bfloat16: on a CPU without it that alone takes longer than a whole step of I-JEPA's micro ViT.)
+    ## singular values near 1, every direction learns at one rate. (torch.optim.Muon does the same matrix by matrix, in
+    ## bfloat16: on a CPU without bfloat16 its work alone takes longer than a whole step of I-JEPA's micro ViT.)
 
     @torch.no_grad()
     def step(self):
@@ -996,7 +996,7 @@ def train(args, model, training_step, data, after_step=None):
     calls `model`, which may be wrapped for torchrun, and touches none of its attributes. after_step(model, args, progress), where
     given, gets the bare model after each update; progress goes from 0 to 1 over the run. All randomness of step t comes
     from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
-    Returns the last features of data.train_images and data.test_images, or None where no step was left to do.
+    Returns the last features of data.train_images and data.test_images, each {level: [N, D]}, or None where no step was left to do.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
     if args.batch_size > len(data.images):
@@ -1063,7 +1063,7 @@ def train(args, model, training_step, data, after_step=None):
                 after_step(model, args, step / max(1, steps - 1))
             names = names or terms.keys()
             if terms.keys() != names:
-                raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}: one that is off is 0")
+                raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}; return a zero tensor for one that is off")
             terms = {"loss": loss, **terms}
             if bad := [name for name, term in terms.items() if not isinstance(term, torch.Tensor) or term.ndim]:
                 raise RunFailed(f"{bad[0]} is not a scalar tensor")
@@ -1071,7 +1071,7 @@ def train(args, model, training_step, data, after_step=None):
             bar.update()
 
             last = i + 1 == per_epoch
-            if world > 1 and not last and i < ask:                # else the first process decides for all whether to save, every 20 steps or 5 s
+            if world > 1 and not last and i < ask:                # only every 20 steps or 5 s does the first process decide for all whether to save
                 continue
             pace = (time.perf_counter() - began) / (i + 1)
             stop, save, ask = from_first((signals[:1], last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes,
@@ -1128,12 +1128,12 @@ def collect(so_far, unread, names, step):
     for t, values in enumerate(unread, step + 1 - len(unread)):
         for name, value in zip(names, values):
             so_far.setdefault(name, []).append(value)
-        if bad := [name for name in names if not math.isfinite(so_far[name][-1])]:     # the last: terms before the loss that they make up
+        if bad := [name for name in names if not math.isfinite(so_far[name][-1])]:     # bad[-1]: a term, where one is bad, not the loss that it enters
             raise RunFailed(f"{bad[-1]} is {so_far[bad[-1]][-1]} at step {t}; what was saved is from before. {'Try a lower --lr.' if t else 'The loss itself is at fault: no step was made yet.'}")
 
 
 def keep_script(training_step, out, resume):
-    """Keep the script of training_step in `out`, so that a run says which code made it; resumed, say where that is another now."""
+    """Keep the script of training_step in `out`, so that a run says which code made it; on resuming, warn where the script has changed."""
     script = Path(getattr(sys.modules.get(training_step.__module__), "__file__", ""))
     if not script.is_file():                       # a notebook's cell
         return
@@ -1178,7 +1178,7 @@ def claimed(out, resume):
 def stop_signals():
     """A list that receives the first SIGINT or SIGTERM; the second ends the process at once.
 
-    But for processes of torchrun, which passes on a signal that may have reached all of them already, and kills after 30 s.
+    Under torchrun the second is ignored: torchrun passes on a signal that may have reached all processes already, and kills them after 30 s.
     """
     received = []
 
@@ -1228,7 +1228,7 @@ def restore(args, model, optimizer, images):
         raise Unusable(f"{path}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
     steps = len(next(iter(state["terms"].values()), ()))
     if (len(state["history"]), steps) != divmod(state["step"], per_epoch) or state["step"] > args.epochs * per_epoch:
-        raise Unusable(f"{path}: its log has {len(state['history'])} epochs and {steps} steps, which is not where step {state['step']} lies")
+        raise Unusable(f"{path}: its log has {len(state['history'])} epochs and {steps} steps, but its step number, {state['step']}, does not fit")
     if damage:
         tqdm.write(f"warning: {damage}; going on from {previous}", file=sys.stderr)
         os.replace(previous, out / CHECKPOINTS[0])  # else the next save would keep the damaged one and drop this
@@ -1244,7 +1244,7 @@ def report(row, epochs, history):
     for level, rank in row["effective_rank"].items():
         if rank < 2 and not any(past["effective_rank"][level] < 2 for past in history[:-1]):  # one direction is left, or none
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
-                       "Try a lower --lr, more weight on the variance term, a slower target encoder, where the method has them.", file=sys.stderr)
+                       "Try a lower --lr or, where the method has them, more weight on the variance term or a slower target encoder.", file=sys.stderr)
 
 
 def peak_memory_mb(device):
@@ -1256,9 +1256,9 @@ def peak_memory_mb(device):
 def effective_rank(z):
     """How many directions embeddings z [n, d] spread over: exp of the entropy of their covariance's spectrum.
 
-    As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance, to which one of size 1 is added:
-    the constant direction, in units of VICReg's gamma. So it is 1 where all embeddings became one vector,
-    however small the noise that is left, and at most min(n, d + 1). The log has that of the epoch's last batch.
+    As Roy and Vetterli 2007 define it, on the eigenvalues of the covariance and one more, of size 1: the constant
+    direction, in units of VICReg's gamma. So it is 1 where all embeddings have become one vector, even if a little
+    noise is left, and at most min(n, d + 1). The log holds that of each epoch's last batch.
     """
     z = z.detach().float().cpu()
     eigenvalues = torch.linalg.svdvals(z - z.mean(0)).pow(2) / (len(z) - 1)
@@ -1267,10 +1267,10 @@ def effective_rank(z):
 
 
 def write(path, save, keep=None):
-    """save(file) into path so that a reader, or a crash, sees the old file or the new one and nothing between.
+    """save(file) into path so that a reader, even after a crash, finds the old file or the new one, never a part of one.
 
-    The old file stays beside it under the name `keep`, where given. Raises RunFailed where any of this
-    fails, for a full disk say: the old file is then still there, whole.
+    The old file stays beside it under the name `keep`, where given (after a crash or failure perhaps under that name alone).
+    Raises RunFailed where any of this fails, for a full disk say: the old file is then still there, whole.
     """
     if process()[0] > 0:                           # the first process writes for all
         return

@@ -6,8 +6,8 @@
     python eval_linear.py runs/sjea-shapes/checkpoint.pt --shots 1 5 20 --augmented 20 --fine-tune 20 --supervised 20
 
 The checkpoint says which method, encoder and dataset it belongs to. Projectors are left out: what is
-judged is each encoder's pooled map, with all encoders frozen (S-JEA section 4.1), and, where there are
-several levels, all of them side by side. Two baselines stand beside it, raw pixels and the same encoder
+judged is each encoder's pooled map, with all encoders frozen (S-JEA section 4.1), and, where S-JEA has
+several stacks, all of them side by side. Two baselines stand beside it, raw pixels and the same encoder
 before training. Features are computed once, without augmentation; --augmented trains the linear layer as
 the papers do, on a new crop and flip of every image in every epoch. Writes eval.json beside the checkpoint.
 """
@@ -57,9 +57,9 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
 
 
 def standardised(features, test_features):
-    """Both with mean 0 and deviation 1 of features [N, D] in each dimension; one that is constant there, and so tells nothing, is 0 in both."""
+    """Both, shifted and scaled so that each dimension of features [N, D] has mean 0 and deviation 1; one that is constant there is 0 in both."""
     scale = features.std(0, correction=0) + 1e-6
-    scale[features.amax(0) == features.amin(0)] = torch.inf               # not by its deviation: a constant's mean, and so that, is off by a rounding
+    scale[features.amax(0) == features.amin(0)] = torch.inf               # not by deviation == 0, which a rounding of the constant's mean spoils
     return [(x - features.mean(0)) / scale for x in (features, test_features)]
 
 
@@ -94,7 +94,7 @@ def within(features, test_features, y, y_test, sub, sub_test, k=80, temperature=
 
     {"linear_top1", "knn_top1"}: accuracy, given the class, beside "chance_top1", the share of the largest
     sub-category; {"nmi", "rand"}: agreement of a k-means clustering of the class's test images with their true
-    sub-categories; a random one has an adjusted Rand index of 0 and, with so few images, "chance_nmi".
+    sub-categories. A random clustering has an adjusted Rand index of 0, but, of so few images, an NMI of "chance_nmi".
     """
     ## S-JEA claims that its higher stack holds sub-categories, and shows t-SNE maps. This measures it.
     rows = []
@@ -119,8 +119,8 @@ def within(features, test_features, y, y_test, sub, sub_test, k=80, temperature=
 def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     """A linear layer on each level, trained on new crops and flips. Returns {level: (top-1, top-5)} on test.
 
-    frozen: the encoder stays as it is (the papers' linear protocol) and its features are standardised by a
-    BN without parameters; otherwise the whole encoder is trained along (fine-tuning, or from scratch).
+    frozen: the encoder stays as it is (the papers' linear protocol); otherwise it is trained too (fine-tuning, or
+    from scratch). Each layer reads features standardised by a BN without parameters. Accuracies are in [0, 1].
     """
     x, y = data.train_images, data.train_labels[label].to(args.device)
     with torch.no_grad():
@@ -190,15 +190,15 @@ def load(path, device="auto", data_dir=None):
     script = importlib.import_module(state["method"])
     differ = vars(script.arguments([f"--out={config['out']}"])).keys() ^ config.keys()
     if differ:
-        raise common.Unusable(f"{path}: written by another version of {state['method']}.py: its config differs in {', '.join(sorted(map(str, differ)))}")
+        raise common.Unusable(f"{path}: written by another version of {state['method']}.py; judge it with that one: its config differs in {', '.join(sorted(map(str, differ)))}")
     try:                                       # the script's own checks on what a stranger may have written
         args = script.arguments(flags(config))
     except common.Unusable as error:
         raise common.Unusable(f"{path}: its config does not pass: {error}") from error
     for name in config.keys() - {"device"}:
         if config[name] != getattr(args, name):
-            raise common.Unusable(f"{path}: its config does not pass: {name} is {config[name]}")
-    with torch.device("meta"):                 # no memory for the sizes it declares before its weights are seen to have them
+            raise common.Unusable(f"{path}: its config holds a value that its script does not take: {name} is {config[name]}")
+    with torch.device("meta"):                 # no memory for the sizes that the config declares until the weights prove to have them
         expected = {name: value.shape for name, value in build(args).state_dict().items()}
     if expected != {name: value.shape for name, value in state["model"].items()}:
         raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py builds it now; judge it with the script of its run")
@@ -286,7 +286,7 @@ def main(argv=None, data=None, features=None):
         table(f"{sub} inside each {options.within[0]}", ("linear top-1 %", "k-NN %", "largest share %", "NMI %", "NMI, chance %", "Rand %"), result["within"][sub])
     for name, epochs, lr, start in (("augmented", options.augmented, 0.1, model), ("fine_tune", options.fine_tune, 1e-3, model),
                                     ("supervised", options.supervised, 1e-3, None)):
-        if epochs:                             # one linear layer per level is trained at once; the rest has one level, the last
+        if epochs:                             # augmented: every level at once; the others: one level, S-JEA's last stack or a JEPA's target
             chosen = levels if name == "augmented" else levels[-1:] if args.method == "sjea" else levels[:1]
             top = train_classifier(start or untrained(args), chosen, data, labels[0], args, epochs, lr, frozen=name == "augmented")
             result[name] = {"epochs": epochs, "levels": {level: {"top1": top1, "top5": top5} for level, (top1, top5) in top.items()}}

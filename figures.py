@@ -3,9 +3,9 @@
     python figures.py runs/sjea-shapes/checkpoint.pt
     python figures.py runs/ijepa-cifar10/checkpoint.pt runs/cjepa-cifar10/checkpoint.pt --only attention
 
-Writes PNG files and index.html beside the first checkpoint; further ones are drawn into the same axes, or beside the first
-(views, masks, predictions and index.html are of the first alone). All are drawn from test images (held-out ones after
---holdout) and the run's log.
+Writes PNG files and index.html beside the first checkpoint; further checkpoints are drawn into the same axes, or beside
+the first (views, masks, predictions and index.html are of the first alone). All are drawn from test images (held-out ones
+after --holdout) and the run's log.
 """
 import base64
 import contextlib
