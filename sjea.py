@@ -5,9 +5,9 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
     python sjea.py --stacks 2 --dataset stl10
 
-A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads the *map* of stack 0's, before pooling, for
-features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops over stacks and drops the former:
-z_1. For both views x_k = t_k(x), k = 1, 2, of a batch of n = B images:
+A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map* before
+pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops over stacks, so its
+names keep only the view: z_1 is first z0_1, then z1_1. For both views x_k = t_k(x), k = 1, 2, of a batch x of n = B images:
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
@@ -18,32 +18,36 @@ z_1. For both views x_k = t_k(x), k = 1, 2, of a batch of n = B images:
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
 h is the "projector" or "expander"; only section 3.2 mentions pooling. C is 512 at width 64 (ResNet-18); at 32 px stack 1
-reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack:
+reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack, as in the papers (the code's s and v differ, see below):
 
     Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
     s(Z_1, Z_2) = 1/n  sum_i ||z_1i - z_2i||^2          the views agree                 VICReg Eq. (5)
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), gamma = 1
-    c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
+    c(Z) = 1/d  sum_{j != k} Cov(Z)_jk^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in brackets. As in VICReg's and S-JEA's authors' code, s is here
-also divided by d and v_loss is halved: the coefficients (25, 25, 1) of section 3.2 belong to that.
+Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in brackets. VICReg's and S-JEA's authors' code also divides s by d
+and halves v_loss, and so does this: the coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8, not 1.
+
 Algorithm 1's y1_1 = f2(y1_1) is a slip for f2(y0_1), section 3.1's f_theta(X2) for f_theta(V2). Figure 1 mentions a weighted
 sum of the losses: --stack-weights, all 1 by default. Section 4.3 mentions a stack that reads the projector's embeddings; in the
 authors' published code (AlzbetaM/S-JEA) stack 1 does, as an image of 16 x 16 with one channel. Here, as in section 3.2, it
 always reads the map y0.
+
 The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1 would have
 a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of vicreg.py, on a CPU bit for bit.
 
-The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam; --lr is for a batch of 256, so 0.002 x 128 / 256 = 1e-3):
+The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate of 1e-3 = 0.002 x 128 / 256):
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
---projectors 10: Table 1's figures on CIFAR-10 are those of Table 3's column with a projector on stack 0 alone; Algorithm 1, and
-the default here, has both. Batch size, crops and projector (but for a bias in its last layer, which changes no term) are the
-authors' code's; weight decay, warm-up and cosine are ours. With both projectors stack 0 has 11.43 M parameters, stack 1, whose
-stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2). The defaults are made for minutes on two
-CPU cores: width 16 (so C = 128), Muon, nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
+--projectors 10 is a projector on stack 0 and none on stack 1: Table 1's figures on CIFAR-10 are those of this column of Table 3;
+Algorithm 1, and the default here, has both. Batch size, crops and projector (but for a bias in its last layer, which changes no
+term) are the authors' code's; weight decay, warm-up and cosine are ours. The linear layer is fitted to fixed features; to train
+it, as section 4.1 does: eval_linear.py CHECKPOINT --augmented 200. With both projectors stack 0 has 11.43 M parameters, stack 1,
+whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M.
+The defaults are made for minutes on two CPU cores: width 16 (so C = 128), the optimizer Muon, nu = 8 and, on the dataset shapes,
+crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -71,7 +75,7 @@ def variance(z, gamma=1.0, eps=1e-4):
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
-    S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
+    S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2), Var over n - 1  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
 
@@ -81,7 +85,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions: with its weight at 0, effective_rank in the log falls to about 1.
+    ## This term is what spreads information over dimensions: with its weight at 0, their number, effective_rank in the log, falls to about 1.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -89,7 +93,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), with s over n * d and half of v(Z) + v(Z'), as in both authors' code.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), but s also divided by d and v(Z) + v(Z') halved, as in the code of either paper's authors.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name, scalars too.
@@ -105,7 +109,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
 
 
 def barlow_twins_loss(z_1, z_2, lambda_=0.005):
-    """L_BT of Barlow Twins Eq. (1), Zbontar et al. 2021, https://arxiv.org/abs/2103.03230: another base to stack on.
+    """L_BT of Barlow Twins Eq. (1), Zbontar et al. 2021, https://arxiv.org/abs/2103.03230: another base to stack on, not in S-JEA's paper.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
     """
@@ -137,23 +141,23 @@ class SJEA(nn.Module):
         super().__init__()
         self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
         channels, size = 3, args.image_size
-        for has_projector in args.projectors:                             # "10": one character for each of --stacks
+        for digit in args.projectors:                                     # one for each of --stacks: "10" is a projector on stack 0 alone
             self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to a size of 64
             channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
-            self.h.append(projector(channels, args.projector) if has_projector == "1" else nn.Identity())
+            self.h.append(projector(channels, args.projector) if digit == "1" else nn.Identity())
 
     def maps(self, x):
-        """One view [B, 3, H, W] -> [y0, y1, ...]: every stack's map before pooling [B, C, m, m]."""
+        """One view [B, 3, S, S] -> [y0, y1, ...]: every stack's map before pooling [B, C, m, m]."""
         y, ys = x, []
         for f in self.f:
             ## Nothing is pooled or resized between stacks: stack 1 sees what y0 found, and where in the image.
             ## With --stop-gradient, proposed in section 4.3, loss1 cannot reshape y0, and stack 0 is plain VICReg.
-            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0_k = f1(x_k), y1_k = f2(y0_k)
+            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0_k = f1(x_k), y1_k = f2(y0_k); f1 is f[0]
             ys.append(y)
         return ys
 
     def forward(self, x_1, x_2):
-        """Two views [B, 3, H, W] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d], without a projector [B, C]."""
+        """Two views [B, 3, S, S] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d], without a projector [B, C]."""
         ys_1, ys_2 = self.maps(x_1), self.maps(x_2)
         return [(h(pool(y_1)), h(pool(y_2))) for h, y_1, y_2 in zip(self.h, ys_1, ys_2)]    # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
 
@@ -165,7 +169,7 @@ class SJEA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
+    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Only VICReg's blur, and only images of more than 64 px."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
@@ -177,19 +181,19 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has Algorithm 1's loop over batches and the optimizer's step."""
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
-    for stack, z in enumerate(model(x_1, x_2)):
-        z_1, z_2 = map(common.gather, z)                                  # [n, d], n = B x processes
+    for stack, (z_1, z_2) in enumerate(model(x_1, x_2)):
+        z_1, z_2 = common.gather(z_1), common.gather(z_2)                 # [n, d]; under torchrun n = B x processes
         if args.base == "vicreg":
             loss_stack, terms_stack = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)   # S-JEA Eq. (1)
         else:
             loss_stack, terms_stack = barlow_twins_loss(z_1, z_2)
         loss = loss + args.stack_weights[stack] * loss_stack              # S-JEA Algorithm 1: loss0 + loss1
-        terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}
+        terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}    # covariance_0, covariance_1: Figure 4
         embeddings[str(stack)] = z_1                                      # for the log: over how many directions they spread
     return loss, terms, embeddings
 
@@ -212,7 +216,7 @@ def arguments(argv=None):
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), VICReg's")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars (0.3; VICReg's)")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
     # Each optimizer has its own default rate and decay, so argv is searched for it first.

@@ -49,7 +49,7 @@ def variance(z, gamma=1.0, eps=1e-4):
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
-    S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2)  [d]
+    S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2), Var over n - 1  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
 
@@ -59,7 +59,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions: with its weight at 0, effective_rank in the log falls to about 1.
+    ## This term is what spreads information over dimensions: with its weight at 0, their number, effective_rank in the log, falls to about 1.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -67,7 +67,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), with s over n * d and half of v(Z) + v(Z'), as in both authors' code.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), but s also divided by d and v(Z) + v(Z') halved, as in the code of either paper's authors.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
     a scalar, and the three unweighted terms by name, scalars too.
@@ -102,7 +102,7 @@ class VICReg(nn.Module):
         self.h = projector(self.f.channels, args.projector)
 
     def forward(self, x_1, x_2):
-        """Two views [B, 3, H, W] -> their embeddings [B, d]."""
+        """Two views [B, 3, S, S] -> their embeddings [B, d]."""
         y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, C, h, w]
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
@@ -114,7 +114,7 @@ class VICReg(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Images of 64 px or less are not blurred."""
+    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Only VICReg's blur, and only images of more than 64 px."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
@@ -130,7 +130,8 @@ def training_step(model, x, args, generator):
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
     x_2 = common.augment(x, t_2, args.image_size, generator)
-    z_1, z_2 = map(common.gather, model(x_1, x_2))                        # [B, d], of all processes
+    z_1, z_2 = model(x_1, x_2)
+    z_1, z_2 = common.gather(z_1), common.gather(z_2)                     # [n, d]; under torchrun n = B x processes
     loss, terms = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)
     return loss, terms, {"0": z_1}
 
@@ -148,7 +149,7 @@ def arguments(argv=None):
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, which learns more in short runs, slow on a CPU where the projector is wide; adamw, with which --lr is 0.03 by default; or lars (0.3), VICReg's")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars (0.3; VICReg's)")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
                                 warmup_epochs=0.5, eval_every=1)
     # Each optimizer has its own default rate and decay, so argv is searched for it first.
