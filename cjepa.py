@@ -1,27 +1,24 @@
 """C-JEPA: I-JEPA with VICReg's terms on the means of its predictions.
 
-Mo, Tong 2024, "Connecting Joint-Embedding Predictive Architecture with Contrastive Self-supervised Learning",
-https://arxiv.org/abs/2410.19560
+Mo, Tong 2024, https://arxiv.org/abs/2410.19560
 
     python cjepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python cjepa.py --ema 0 --beta-vicreg 0 --out runs/neither      # neither EMA nor VICReg
 
-I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the letter; its docstring says what they are and
-how they and the defaults differ from the paper. s_hat [B, M, Nt, D]: predictions for M blocks of Nt patches; s_y
-[B, N, D]: the target encoder's features of all N patches. What the paper adds:
+I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the letter; its docstring says what they are and how they
+and the defaults differ from the paper. What C-JEPA adds:
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
 with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). Z and Z' [n, d] are means over patches, n images by
-d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906): s, the invariance, is the mean squared difference of
-Z and Z'; v, the variance, how far the spread of each dimension falls short of 1; c, the covariance, what dimensions have in
-common. As in VICReg's authors' code, s is divided by d as well, and beta_std weighs the mean of the two v, not their sum. v and
-c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA and with AdamW a
-beta_vicreg of 0.001 is too little here, 0.1 is enough (README, "Break it and see").
+d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in its authors' convention: s is divided by d as well,
+v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA
+and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (README, question 16).
+
 This script was written from a review of the paper; the coefficients are the paper's as others quote them. The review does not say
 what the "augmented views" are whose means are Z and Z'. The choice here is ours: an image has one crop; its views are the M
-predictions, one per block, and the terms are averaged over all pairs of blocks. --views target is the other reading: the mean
-prediction and the mean target.
+predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means of different blocks
+together. --views target is the other reading: the mean prediction and the mean target.
 """
 import copy
 import itertools
@@ -62,7 +59,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions: with its weight at 0, their number, effective_rank in the log, falls to about 1.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 their number, effective_rank in the log, falls to 1.0.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -70,10 +67,9 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), but s also divided by d and v(Z) + v(Z') halved, as in the code of either paper's authors.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), in the convention of both papers' authors' code: s over n * d, half of v(Z) + v(Z').
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name, scalars too.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, {name: unweighted term}), all scalars.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -109,7 +105,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side unless nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; ours: unless nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -123,24 +119,21 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## A tensor needs one length: all images are cut to the smallest number of patches that the blocks leave in any. The first stay, row
-    ## by row, as in the authors' code, so with four blocks the context encoder seldom sees the lower rows. On 14 x 14 patches four
-    ## blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch of 128 (the paper's table: 0.25): it depends on the
-    ## batch size (in the authors' code on each GPU's). The stable sort puts the True first, in their order.
+    ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the context encoder
+    ## seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch
+    ## of 128 (the paper's table: 0.25): it depends on the batch size (in the authors' code on each GPU's).
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
-    """The paper's masks: M blocks to predict, and as context what they leave of one large square.
+    """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks to predict and what they leave of one large square.
 
-    All blocks of a batch have one size, and each has its own place. Returns (context [B, Nc], targets [B, M, Nt]),
-    row-major indices of patches on a grid of grid_size^2.
+    All blocks of a batch have one size, each its own place. Indices are row-major, of the patches on a grid of grid_size^2.
     """
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would give its answer away. (On 8 x 8 patches the square is the whole
-    ## image: 7 x 7 would be less than 0.85 of it.)
+    ## A context patch inside a target would give its answer away. (On 8 x 8 patches the square is all of it: 7 x 7 are less than 0.85.)
     context.scatter_(1, targets.flatten(1), False)
     return first_true(context), targets                                   # I-JEPA masks: B_x
 
@@ -170,8 +163,7 @@ def draw_masks(args, batch_size, generator):
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
         return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
-    strategies = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}
-    return strategies[args.masking](batch_size, grid_size, generator)
+    return {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking](batch_size, grid_size, generator)
 
 
 # ---- model ----------------------------------------------------------------------------------
@@ -228,27 +220,27 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    _, world = common.process()                                                             # 1 without torchrun
-    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images, so that Nc is one
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images, so that Nc is one
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
-    prediction = prediction_loss(s_hat, take(s_y, targets), args.loss)                      # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # pooled predictions [B, M, D], of all processes
+    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
+    z = common.gather(s_hat.float().mean(2))                              # pooled predictions [n, M, D]; under torchrun n = B x processes
+    terms = {"prediction": loss}
+    watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     if args.views == "blocks":
-        pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [B, D]
+        pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [n, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
     ## The M predictions of one image are views of it that no one had to design. s makes their means agree, v keeps those of different
     ## images apart, c keeps dimensions from saying the same.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, lambda_=args.beta_sim, mu=args.beta_std, nu=args.beta_cov) for z_i, z_j in pairs))
-    loss = prediction + args.beta_vicreg * sum(losses) / len(pairs)       # C-JEPA loss
-    terms = {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
-    watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
-    return loss, {"prediction": prediction, **terms}, watched
+    loss = loss + args.beta_vicreg * sum(losses) / len(pairs)             # C-JEPA loss
+    terms |= {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
+    return loss, terms, watched
 
 
 @torch.no_grad()
@@ -293,8 +285,7 @@ def arguments(argv=None):
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default (--recipe paper: 1.25e-4 with either)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=3)
+    common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
     given = parser.parse_known_args(argv)[0]                             # two flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
@@ -321,9 +312,8 @@ def check_grid(args):
         raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
     wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},
               "block": {"--masking block": ((0.55, 0.65), ASPECT)}}.get(args.masking, {})
-    area = {}
+    area = {flag: [h * w for h, w in block_sizes(grid_size, scale, aspect)] for flag, (scale, aspect) in wanted.items()}
     for flag, (scale, aspect) in wanted.items():
-        area[flag] = [h * w for h, w in block_sizes(grid_size, scale, aspect)]
         if not area[flag]:
             raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} of them "
                                   f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")

@@ -37,7 +37,7 @@ import common
 import eval_linear
 from common import View, take
 
-# ---- loss -----------------------------------------------------------------------------------
+# ---- loss terms -----------------------------------------------------------------------------
 
 def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     """L of I-JEPA: predictions s_hat and target features s_y, both [B, M, Nt, D], -> a scalar >= 0.
@@ -63,7 +63,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # as the authors: no full side unless nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; ours: unless nothing else fits
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -77,24 +77,21 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 def first_true(mask):
     """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## A tensor needs one length: all images are cut to the smallest number of patches that the blocks leave in any. The first stay, row
-    ## by row, as in the authors' code, so with four blocks the context encoder seldom sees the lower rows. On 14 x 14 patches four
-    ## blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch of 128 (the paper's table: 0.25): it depends on the
-    ## batch size (in the authors' code on each GPU's). The stable sort puts the True first, in their order.
+    ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the context encoder
+    ## seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch
+    ## of 128 (the paper's table: 0.25): it depends on the batch size (in the authors' code on each GPU's).
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
-    """The paper's masks: M blocks to predict, and as context what they leave of one large square.
+    """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks to predict and what they leave of one large square.
 
-    All blocks of a batch have one size, and each has its own place. Returns (context [B, Nc], targets [B, M, Nt]),
-    row-major indices of patches on a grid of grid_size^2.
+    All blocks of a batch have one size, each its own place. Indices are row-major, of the patches on a grid of grid_size^2.
     """
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would give its answer away. (On 8 x 8 patches the square is the whole
-    ## image: 7 x 7 would be less than 0.85 of it.)
+    ## A context patch inside a target would give its answer away. (On 8 x 8 patches the square is all of it: 7 x 7 are less than 0.85.)
     context.scatter_(1, targets.flatten(1), False)
     return first_true(context), targets                                   # I-JEPA masks: B_x
 
@@ -124,8 +121,7 @@ def draw_masks(args, batch_size, generator):
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
         return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
-    strategies = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}
-    return strategies[args.masking](batch_size, grid_size, generator)
+    return {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking](batch_size, grid_size, generator)
 
 
 # ---- model ----------------------------------------------------------------------------------
@@ -182,17 +178,18 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
     cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    _, world = common.process()                                                             # 1 without torchrun
-    masks = draw_masks(args, len(images) * world, cpu_generator)                            # of all processes' images, so that Nc is one
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images, so that Nc is one
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
-    watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": common.gather(s_hat.mean((1, 2)))}
-    return loss, {"prediction": loss}, watched
+    z = common.gather(s_hat.float().mean(2))                              # pooled predictions [n, M, D]; under torchrun n = B x processes
+    terms = {"prediction": loss}
+    watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
+    return loss, terms, watched
 
 
 @torch.no_grad()
@@ -216,7 +213,7 @@ PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="which defaults: for small images, or the published ones for ViT-B/16 (PAPER, in this file)")
+    add("--recipe", choices=("small", "paper"), default="small", help="which defaults: for small images, or I-JEPA's published ones for ViT-B/16 (PAPER, in this file)")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
@@ -232,8 +229,7 @@ def arguments(argv=None):
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default (--recipe paper: 1.25e-4 with either)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
-    common.add_common_arguments(parser, method="ijepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04,
-                                warmup_epochs=0.5, eval_every=3)
+    common.add_common_arguments(parser, method="ijepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
     given = parser.parse_known_args(argv)[0]                             # two flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
@@ -258,9 +254,8 @@ def check_grid(args):
         raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
     wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},
               "block": {"--masking block": ((0.55, 0.65), ASPECT)}}.get(args.masking, {})
-    area = {}
+    area = {flag: [h * w for h, w in block_sizes(grid_size, scale, aspect)] for flag, (scale, aspect) in wanted.items()}
     for flag, (scale, aspect) in wanted.items():
-        area[flag] = [h * w for h, w in block_sizes(grid_size, scale, aspect)]
         if not area[flag]:
             raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} of them "
                                   f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")

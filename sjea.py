@@ -85,7 +85,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions: with its weight at 0, their number, effective_rank in the log, falls to about 1.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 their number, effective_rank in the log, falls to 1.0.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -93,10 +93,9 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), but s also divided by d and v(Z) + v(Z') halved, as in the code of either paper's authors.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), in the convention of both papers' authors' code: s over n * d, half of v(Z) + v(Z').
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name, scalars too.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, {name: unweighted term}), all scalars.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -162,7 +161,7 @@ class SJEA(nn.Module):
         return [(h(pool(y_1)), h(pool(y_2))) for h, y_1, y_2 in zip(self.h, ys_1, ys_2)]    # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
 
     def representations(self, x):
-        """{level: [B, C]}: what common.train and eval_linear judge, each stack's pooled map."""
+        """{level: [B, C]}: what common.train and eval_linear judge, the pooled maps."""
         return {str(stack): pool(y) for stack, y in enumerate(self.maps(x))}
 
 
@@ -181,9 +180,9 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has Algorithm 1's loop over batches and the optimizer's step."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop over batches and the optimizer's step."""
     t_1, t_2 = transformations(args)
-    x_1 = common.augment(x, t_1, args.image_size, generator)              # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S]
+    x_1 = common.augment(x, t_1, args.image_size, generator)              # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S], S = args.image_size
     x_2 = common.augment(x, t_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
     for stack, (z_1, z_2) in enumerate(model(x_1, x_2)):
@@ -204,21 +203,20 @@ def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
-    add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
+    add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
     add("--projectors", help="which stacks have a projector, Table 3: 10, as in Table 1, is one on stack 0 and none on stack 1 (default: all)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3, as in S-JEA's authors' code; --augmentation vicreg: 0.08; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8, else 0.3, as in S-JEA's authors' code, or 0.08 with --augmentation vicreg)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars (0.3; VICReg's)")
-    common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
-                                warmup_epochs=0.5, eval_every=1)
+    common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
     # Each optimizer has its own default rate and decay, so argv is searched for it first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))

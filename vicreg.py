@@ -7,10 +7,10 @@ Bardes, Ponce, LeCun 2021, https://arxiv.org/abs/2105.04906
 
 Two random views x_1, x_2 of every image go through one encoder f and one projector h:
 
-    Y = f(X) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
+    Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
 
     Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
-    Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)
+    Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)                            gamma = 1, eps = 1e-4
     Eq. (3)  C(Z)     = 1/(n-1)  sum_i (z_i - mean)(z_i - mean)^T
     Eq. (4)  c(Z)     = 1/d  sum_{i != j} C(Z)_ij^2                   no two dimensions say the same
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
@@ -21,7 +21,7 @@ because the published coefficients (25, 25, 1) belong to the code: s is also div
 paper's Algorithm 1, and the variance term is halved, as in S-JEA's code and lightly, but not in
 Algorithm 1 and solo-learn. The default settings suit minutes on two CPU cores: width 16 (so C = 128
 instead of ResNet-18's 512), the optimizer Muon, S-JEA's augmentation, and nu = 8, with which AdamW
-learns more at a small d (results/README.md). The paper's are flags.
+learns more at a small d (results/README.md). The published ones are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term is what spreads information over dimensions: with its weight at 0, their number, effective_rank in the log, falls to about 1.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 their number, effective_rank in the log, falls to 1.0.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -67,10 +67,9 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), but s also divided by d and v(Z) + v(Z') halved, as in the code of either paper's authors.
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), in the convention of both papers' authors' code: s over n * d, half of v(Z) + v(Z').
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms):
-    a scalar, and the three unweighted terms by name, scalars too.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, {name: unweighted term}), all scalars.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -107,7 +106,7 @@ class VICReg(nn.Module):
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
     def representations(self, x):
-        """{level: [B, C]}: what common.train and eval_linear judge, f's pooled map."""
+        """{level: [B, C]}: what common.train and eval_linear judge, the pooled maps."""
         return {"0": pool(self.f(x))}
 
 
@@ -126,9 +125,9 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which goes on with loss.backward() and optimizer.step()."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop over batches and the optimizer's step."""
     t_1, t_2 = transformations(args)
-    x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S]
+    x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S], S = args.image_size
     x_2 = common.augment(x, t_2, args.image_size, generator)
     z_1, z_2 = model(x_1, x_2)
     z_1, z_2 = common.gather(z_1), common.gather(z_2)                     # [n, d]; under torchrun n = B x processes
@@ -144,14 +143,13 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3, as in S-JEA's authors' code; --augmentation vicreg: 0.08; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8, else 0.3, as in S-JEA's authors' code, or 0.08 with --augmentation vicreg)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars (0.3; VICReg's)")
-    common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4,
-                                warmup_epochs=0.5, eval_every=1)
+    common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
     # Each optimizer has its own default rate and decay, so argv is searched for it first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
