@@ -104,6 +104,20 @@ def test_readmes_sed_gives_the_target_its_gradient(script, tmp_path):
         assert model(torch.randn(2, 3, 32, 32), context, targets)[1].requires_grad == flows
 
 
+def test_results_sed_lets_stack_1_read_the_embeddings(tmp_path):
+    """The trial in results/README.md: f[1] gets h[0]'s 256 numbers as an image of 16 x 16 with one channel."""
+    edits = re.search(r"sed -i '(.+?)' sjea\.py", (ROOT / "results" / "README.md").read_text()).group(1)
+    copy = tmp_path / "sjea.py"
+    copy.write_text(subprocess.run(["sed", edits, ROOT / "sjea.py"], capture_output=True, text=True, check=True).stdout)
+    spec = importlib.util.spec_from_file_location("edited", copy)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    model, seen = module.SJEA(module.arguments([])).eval(), []
+    model.f[1].register_forward_hook(lambda f, inputs, output: seen.append(inputs[0]))
+    x = torch.randn(2, 3, 32, 32)
+    model.representations(x)
+    assert torch.equal(seen[0], model.h[0](model.f[0](x).mean((2, 3))).view(2, 1, 16, 16))
+
+
 @pytest.mark.parametrize("script", METHODS + ["eval_linear.py", "figures.py"])
 def test_help_shows_every_flag_with_a_line(script):
     text = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True,
