@@ -27,7 +27,7 @@ reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack, as in the p
     c(Z) = 1/d  sum_{j != k} Cov(Z)_jk^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
 Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in brackets. VICReg's and S-JEA's authors' code also divides s by d
-and halves v_loss, and so does this: the coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8, not 1.
+and halves v_loss, and so does this one: the coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8, not 1.
 
 Algorithm 1's y1_1 = f2(y1_1) is a slip for f2(y0_1), section 3.1's f_theta(X2) for f_theta(V2). Figure 1 mentions a weighted
 sum of the losses: --stack-weights, all 1 by default. Section 4.3 mentions a stack that reads the projector's embeddings; in the
@@ -85,7 +85,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 their number, effective_rank in the log, falls to 1.0.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 effective_rank in the log, roughly their number, falls to 1.0.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
