@@ -15,10 +15,10 @@ d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in it
 v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA
 and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (README, question 16).
 
-This script was written from a review of the paper; the coefficients are the paper's as others quote them. The review does not say
-what the "augmented views" are whose means are Z and Z'. The choice here is ours: an image has one crop; its views are the M
-predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means of different blocks
-together. --views target is the other reading: the mean prediction and the mean target.
+This script was written from a review of the paper (one of its captions of I-JEPA gives the whole image to the wrong encoder); the
+coefficients are the paper's as others quote them. The review does not say what the "augmented views" are whose means are Z and
+Z'. Our choice: an image has one crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of
+blocks, so that s draws the means of different blocks together. --views target is the other reading: mean prediction, mean target.
 """
 import copy
 import itertools
@@ -105,7 +105,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; ours: unless nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code, unless nothing else fits (ours)
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -223,12 +223,12 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images, so that Nc is one
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # common.train reseeds generator at every step
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes' images, so that all have the same Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # pooled predictions [n, M, D]; under torchrun n = B x processes
+    z = common.gather(s_hat.float().mean(2))                              # pooled predictions, for the log and C-JEPA [n, M, D]; under torchrun n = B x processes
     terms = {"prediction": loss}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     if args.views == "blocks":
@@ -256,7 +256,7 @@ def update_target(model, args, progress):
 
 # ---- arguments ------------------------------------------------------------------------------
 
-# ViT-B/16. --lr is for a batch of 256: 1.25e-4 x 2048 / 256 = 1e-3.
+# ViT-B/16. --lr is for a batch of 256: the peak is 1.25e-4 x 2048 / 256 = 1e-3 (by default 32e-3 x 32 / 256 = 4e-3).
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
              weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")
 

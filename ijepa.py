@@ -5,13 +5,13 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y is cut into N patches. A target encoder sees all of them, a context encoder only the visible ones, the paper's x, at
-the indices B_x. From their features a predictor computes what the target encoder makes of M hidden blocks, at the indices B_i:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only x, the visible ones, at the indices B_x.
+From the features of x a predictor computes what the target encoder makes of M hidden blocks, at the indices B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of the Nt patches of one block [B, Nt, D], for each i by itself
-    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss
+    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss (default: smooth-L1)
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
 The paper's f_theta-bar, f_theta and g_phi are the target encoder, the context encoder and the predictor. In shapes B is the number
@@ -63,7 +63,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; ours: unless nothing else fits
+    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code, unless nothing else fits (ours)
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -181,12 +181,12 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # the step's seed
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # of all processes' images, so that Nc is one
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # common.train reseeds generator at every step
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes' images, so that all have the same Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # pooled predictions [n, M, D]; under torchrun n = B x processes
+    z = common.gather(s_hat.float().mean(2))                              # pooled predictions, for the log and C-JEPA [n, M, D]; under torchrun n = B x processes
     terms = {"prediction": loss}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     return loss, terms, watched
@@ -205,7 +205,7 @@ def update_target(model, args, progress):
 
 # ---- arguments ------------------------------------------------------------------------------
 
-# ViT-B/16. --lr is for a batch of 256: 1.25e-4 x 2048 / 256 = 1e-3.
+# ViT-B/16. --lr is for a batch of 256: the peak is 1.25e-4 x 2048 / 256 = 1e-3 (by default 32e-3 x 32 / 256 = 4e-3).
 PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
              weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")
 
