@@ -1106,6 +1106,7 @@ def train(args, model, training_step, data, after_step=None):
             if last:
                 write_log(history, out)
                 report(row, args.epochs, history)
+            stop = stop or from_first(signals[:1])                # one that came while the features were judged
             if stop:
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
@@ -1166,8 +1167,8 @@ def claimed(out, resume):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise Unusable(f"argument --out: another process is writing to {out}, or it cannot be locked: {error}") from error
-        if not resume and any((out / name).exists() for name in CHECKPOINTS):
-            raise Unusable(f"argument --out: {out} already holds a run; --resume goes on with it, another --out starts afresh")
+        if not resume and any((out / name).exists() for name in (*CHECKPOINTS, "metrics.jsonl")):
+            raise Unusable(f"argument --out: {out} already holds a run, or its log; --resume goes on with it, another --out starts afresh")
         yield
     finally:
         LOCKS.remove(folder)
@@ -1211,9 +1212,11 @@ def restore(args, model, optimizer, images):
                 raise
             state, path, damage = load_checkpoint(previous, args.method), previous, error
     state = from_first(state)
-    for name in sorted(state["config"].keys() - {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "stream", "resume"}):
-        if state["config"][name] != getattr(args, name, None):
-            raise Unusable(f"argument --{name.replace('_', '-').strip('-')}: {getattr(args, name, None)}, but the run in {out} was started with {state['config'][name]}")
+    started, free = state["config"], {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "stream", "resume"}
+    if other := [name for name in started if name not in free and started[name] != getattr(args, name, None)]:
+        flags = ", ".join(f"--{name.replace('_', '-').strip('-')}" for name in other)
+        now, then = (", ".join(str(values.get(name)) for name in other) for values in (vars(args), started))
+        raise Unusable(f"argument {flags}: {now}, but the run in {out} was started with {then}")
     if state.get("images", images) != images:
         raise Unusable(f"argument --data-dir: {images} images to train on, but the run in {out} was started with {state['images']}")
     moments = state["optimizer"].get("state")

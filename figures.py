@@ -100,7 +100,11 @@ def tsne(runs):
         for c in y.unique().tolist():
             axis.scatter(*points[y == c].T, s=9, label=f"{c}", **style(c))
         axis.set(title=f"{run.name}: level {level}, t-SNE by {label}")
-    axes[0, -1].legend(title=label, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    styles = axes[0, -1].get_legend_handles_labels()
+    if len(styles[0]) <= 100:                  # beyond, they repeat
+        ncols = -(-len(styles[0]) // 20)
+        figure.set_figwidth(figure.get_figwidth() + 0.6 * ncols)
+        figure.legend(*styles, title=label, loc="outside right center", ncols=ncols, markerscale=2)
     return figure
 
 
@@ -131,7 +135,8 @@ def accuracy(runs):
 
 def compare(runs):
     """curves.png of two runs and more in one: what did a change do to the loss, its terms, the ranks, the accuracy?"""
-    return common.draw_curves({run.name: run.history for run in runs}) if len(runs) > 1 else None
+    logs = {run.name: run.history for run in runs if run.history}
+    return common.draw_curves(logs) if len(logs) > 1 else None
 
 
 def over_epochs(runs, what, values):

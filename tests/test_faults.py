@@ -145,6 +145,25 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(method, at, und
     assert_equal_runs(tmp_path / "run", undisturbed(method))
 
 
+def stop_while_judging(step):
+    """A SIGTERM while the last step's checkpoint waits for the features that it is judged by."""
+    extract = common.extract
+
+    def interrupted(*given):
+        common.extract = extract
+        os.kill(os.getpid(), signal.SIGTERM)
+        return extract(*given)
+
+    if step == 23 and extract.__name__ == "extract":                       # once: the rate is asked for once per group of parameters
+        common.extract = interrupted
+
+
+def test_a_signal_during_the_last_judging_saves_and_ends_there(undisturbed, tmp_path):
+    exit_code, error = run("vicreg", flags("vicreg", tmp_path / "run"), stop_while_judging)
+    assert exit_code == 143 and "stopped after step 24 of 24; to go on: python vicreg.py" in error
+    assert_equal_runs(tmp_path / "run", undisturbed("vicreg"))
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     assert run("vicreg", flags("vicreg", tmp_path / "run"), Send(12, signal.SIGINT, signal.SIGTERM))[0] == -signal.SIGTERM
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 8

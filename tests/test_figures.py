@@ -103,6 +103,24 @@ def test_tsne_colours_every_image_by_its_class(runs):
             assert np.allclose(scatter.get_offsets(), points[run.labels["shape"] == int(scatter.get_label())])
 
 
+@pytest.mark.parametrize("classes", (10, 60))
+def test_tsne_has_its_legend_beside_square_maps(runs, classes):
+    run = dataclasses.replace(runs["sjea"], labels={"class": torch.arange(60) % classes})
+    figure = figures.tsne([run])
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(c) for c in range(classes)]
+    assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.bbox.y1 and legend.x1 <= figure.bbox.x1
+    for axis in figure.axes:
+        assert axis.bbox.x1 <= legend.x0 and axis.bbox.width == pytest.approx(axis.bbox.height, rel=0.15)
+
+
+def test_compare_leaves_out_a_run_that_was_stopped_in_its_first_epoch(runs):
+    stopped = dataclasses.replace(runs["ijepa"], name="stopped", history=[])
+    drawn = [line.get_label() for line in figures.compare([stopped, runs["sjea"], runs["ijepa"]]).axes[0].lines]
+    assert drawn == ["sjea loss", "ijepa loss"] and figures.compare([stopped, runs["sjea"]]) is None
+
+
 def test_a_run_is_shown_by_its_own_test_images_and_labels(runs):
     images, labels = common.make_shapes(64, 32, 2)
     for run in runs.values():

@@ -199,6 +199,8 @@ def test_resume_refuses_other_settings(tiny_run):
     out = tiny_run("vicreg", "--epochs", "1")
     with pytest.raises(common.Unusable, match="--lambda: 3.0, but the run .* was started with 25.0"):
         tiny_run("vicreg", "--epochs", "1", "--resume", "--lambda", "3", out=out)
+    with pytest.raises(common.Unusable, match="argument --optimizer, --lr: adamw, 0.03, but the run .* was started with muon, 0.06"):
+        tiny_run("vicreg", "--epochs", "1", "--resume", "--optimizer", "adamw", out=out)
     with pytest.raises(common.Unusable, match="already holds a run"):
         tiny_run("vicreg", "--epochs", "1", out=out)
     for flags, words in ((["--epochs", "2"], "--epochs: 2"), (["--epochs", "1", "--seed", "1"], "--seed: 1"), (["--epochs", "1", "--batch-size", "16"], "--batch-size: 16")):
@@ -259,6 +261,15 @@ def test_the_log_has_the_spread_of_the_last_batch(tiny_run, monkeypatch):
     row, = read_log(tiny_run("vicreg", "--epochs", "1"))
     z = seen[-1]["0"].detach().double().numpy()
     assert row["feature_std"]["0"] == pytest.approx(z.std(0, ddof=1).mean(), rel=1e-4)
+
+
+def test_a_log_without_its_checkpoint_is_not_overwritten(tiny_run):
+    out = tiny_run("vicreg", "--epochs", "1")
+    log = (out / "metrics.jsonl").read_text()
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(common.Unusable, match="already holds a run, or its log"):
+        tiny_run("vicreg", "--epochs", "1", "--seed", "1", out=out)
+    assert (out / "metrics.jsonl").read_text() == log
 
 
 def test_resume_refuses_another_number_of_images(tiny_run, monkeypatch):
