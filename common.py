@@ -1074,8 +1074,7 @@ def train(args, model, training_step, data, after_step=None):
             if world > 1 and not last and i < ask:                # only every 20 steps or 5 s does the first process decide for all whether to save
                 continue
             pace = (time.perf_counter() - began) / (i + 1)
-            stop, save, ask = from_first((signals[:1], last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes,
-                                          i + min(20, 1 + int(5 / pace))))
+            save, ask = from_first((last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes, i + min(20, 1 + int(5 / pace))))
             if save or world > 1 or i % 20 == 0:                  # reading a value waits for the device
                 collect(so_far, average(torch.stack(unread)).tolist(), list(terms), step)
                 bar.set_postfix(loss=f"{unread[-1][0]:.3f}", refresh=False)
@@ -1106,8 +1105,7 @@ def train(args, model, training_step, data, after_step=None):
             if last:
                 write_log(history, out)
                 report(row, args.epochs, history)
-            stop = stop or from_first(signals[:1])                # one that came while the features were judged
-            if stop:
+            if stop := from_first(signals[:1]):                   # asked for only now: it may have come while the features were judged
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
                 if rank == 0:
