@@ -3,7 +3,7 @@
 Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
 
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
-    python sjea.py --stacks 2 --dataset stl10
+    python sjea.py --stacks 2 --dataset stl10         # two stacks are the default
 
 A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map* before
 pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops over stacks, so its
@@ -11,43 +11,45 @@ names keep only the view: z_1 is first z0_1, then z1_1. For both views x_k = t_k
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
-    loss = loss0 + loss1; the gradient of each goes through its own h and f and every f below, in one step
+    loss = loss0 + loss1, one step for both: loss0 trains f[0] and h[0], loss1 trains f[0], f[1] and h[1]
 
     here           t_k             x_k    f[0], h[0]          y0_k, z0_k        f[1], h[1]      y1_k, z1_k
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
-h is the "projector" or "expander"; only section 3.2 mentions pooling. C is 512 at width 64 (ResNet-18); at 32 px stack 1
-reads maps of m = 4 and makes maps of m' = 1. The loss l of a stack, as in the papers (the code's s and v differ, see below):
+h is the "projector" or "expander", y the "representation" (pooled, where it is judged); only section 3.2 mentions pooling. C is 8 x
+width (ResNet-18): 128 by default, 512 in the paper; at 32 px stack 1 reads maps of m = 4 and makes maps of m' = 1. The loss l of a
+stack, as in the papers (in the code s is divided by d and the sum of v halved, see below):
 
-    Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
+    S-JEA Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
     s(Z_1, Z_2) = 1/n  sum_i ||z_1i - z_2i||^2          the views agree                 VICReg Eq. (5)
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), gamma = 1
-    c(Z) = 1/d  sum_{j != k} Cov(Z)_jk^2                no two dimensions say the same  VICReg Eq. (3), (4)
+    c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in brackets. VICReg's and S-JEA's authors' code also divides s by d
+Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in brackets. VICReg's and S-JEA's authors' code divides s by d, too,
 and halves v_loss, and so does this one: the coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8, not 1.
 
-Algorithm 1's y1_1 = f2(y1_1) is a slip for f2(y0_1), section 3.1's f_theta(X2) for f_theta(V2). Figure 1 mentions a weighted
-sum of the losses: --stack-weights, all 1 by default. Section 4.3 mentions a stack that reads the projector's embeddings; in the
+Slips in the paper: f2(y1_1) in Algorithm 1 is f2(y0_1), f_theta(X2) in section 3.1 is f_theta(V2). Figure 1 mentions a weighted
+sum of the losses: --stack-weights, all 1 by default. Section 4.3 has a stack that reads the projector's embeddings; in the
 authors' published code (AlzbetaM/S-JEA) stack 1 does, as an image of 16 x 16 with one channel. Here, as in section 3.2, it
 always reads the map y0.
 
 The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1 would have
 a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of vicreg.py, on a CPU bit for bit.
 
-The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate of 1e-3 = 0.002 x 128 / 256):
+The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate: --lr is for a batch of 256, 0.002 for 1e-3):
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002
 
 --projectors 10 is a projector on stack 0 and none on stack 1: Table 1's figures on CIFAR-10 are those of this column of Table 3;
-Algorithm 1, and the default here, has both. Batch size, crops and projector (but for a bias in its last layer, which changes no
-term) are the authors' code's; weight decay, warm-up and cosine are ours. The linear layer is fitted to fixed features; to train
-it, as section 4.1 does: eval_linear.py CHECKPOINT --augmented 200. With both projectors stack 0 has 11.43 M parameters, stack 1,
-whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M.
-The defaults are made for minutes on two CPU cores: width 16 (so C = 128), the optimizer Muon, nu = 8 and, on the dataset shapes,
-crops of 0.8 of the image or more.
+Algorithm 1, and the default here, has both. Batch size, crops and stack 0's projector (but for a bias in its last layer, which
+changes no term) are the authors' code's, where stack 1 still ends in its ResNet's classifier, a linear layer to 1000 (measured in
+results/README.md). The values of weight decay, warm-up and cosine are ours. Accuracy is of a classifier fitted to fixed features;
+trained on new crops and flips, as in the authors' code: eval_linear.py CHECKPOINT --augmented 200. With both projectors stack 0
+has 11.43 M parameters, stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2); as
+above, without h[1], 22.89 M. The defaults are made for minutes on two CPU cores: width 16, the optimizer Muon (in common.py),
+nu = 8 and, on the dataset shapes, crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ def covariance(z):
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 effective_rank in the log, roughly their number, falls to 1.0.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 all go one way, and effective_rank in the log falls to 1.0.
     n, d = z.shape
     z = z - z.mean(dim=0)                                                 # [n, d]
     C = z.T @ z / (n - 1)                                                 # VICReg Eq. (3)  [d, d]
@@ -108,12 +110,12 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
 
 
 def barlow_twins_loss(z_1, z_2, lambda_=0.005):
-    """L_BT of Barlow Twins Eq. (1), Zbontar et al. 2021, https://arxiv.org/abs/2103.03230: another base to stack on, not in S-JEA's paper.
+    """L_BT of Barlow Twins Eq. (1), Zbontar et al. 2021, https://arxiv.org/abs/2103.03230: another base to stack on, not tried in S-JEA's paper.
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, terms) like vicreg_loss.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. lambda_ is not VICReg's. Returns (loss, terms) like vicreg_loss.
     """
-    ## One matrix, *across* the views, asks for all that VICReg asks for: its diagonal at 1 for agreement and
-    ## for spread, the rest at 0 for dimensions that say different things.
+    ## One matrix, *across* the views, of standardised dimensions: its diagonal at 1 for agreement (a constant dimension has 0 there),
+    ## the rest at 0 for dimensions that say different things.
     with torch.autocast(z_1.device.type, enabled=False):
         z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
         C = z_1.T @ z_2 / len(z_1)                                        # Barlow Twins Eq. (2)  [d, d]
@@ -140,17 +142,17 @@ class SJEA(nn.Module):
         super().__init__()
         self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
         channels, size = 3, args.image_size
-        for digit in args.projectors:                                     # one for each of --stacks: "10" is a projector on stack 0 alone
+        for stack in range(args.stacks):
             self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to a size of 64
             channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
-            self.h.append(projector(channels, args.projector) if digit == "1" else nn.Identity())
+            self.h.append(projector(channels, args.projector) if args.projectors[stack] == "1" else nn.Identity())   # S-JEA Table 3
 
     def maps(self, x):
-        """One view [B, 3, S, S] -> [y0, y1, ...]: every stack's map before pooling [B, C, m, m]."""
+        """View k [B, 3, S, S] -> [y0_k, y1_k, ...]: every stack's map before pooling [B, C, m, m]."""
         y, ys = x, []
         for f in self.f:
-            ## Nothing is pooled or resized between stacks: stack 1 sees what y0 found, and where in the image.
-            ## With --stop-gradient, proposed in section 4.3, loss1 cannot reshape y0, and stack 0 is plain VICReg.
+            ## Nothing is pooled or resized between stacks: stack 1 sees what f[0] found, and where in the image.
+            ## With --stop-gradient, proposed in section 4.3, loss1 cannot train f[0], and stack 0 is plain VICReg.
             y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0_k = f1(x_k), y1_k = f2(y0_k); f1 is f[0]
             ys.append(y)
         return ys
@@ -168,7 +170,7 @@ class SJEA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2): what each view is drawn from, as in S-JEA's or VICReg's authors' code, or crops and flips alone. Only VICReg's blur, and only images of more than 64 px."""
+    """(t_1, t_2), the distributions of the two views: S-JEA's or VICReg's authors' code's, or crops and flips alone. Blur: VICReg's alone, above 64 px."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
@@ -189,11 +191,11 @@ def training_step(model, x, args, generator):
         z_1, z_2 = common.gather(z_1), common.gather(z_2)                 # [n, d]; under torchrun n = B x processes
         if args.base == "vicreg":
             loss_stack, terms_stack = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)   # S-JEA Eq. (1)
-        else:
+        else:                                                             # not in the paper
             loss_stack, terms_stack = barlow_twins_loss(z_1, z_2)
         loss = loss + args.stack_weights[stack] * loss_stack              # S-JEA Algorithm 1: loss0 + loss1
         terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}    # covariance_0, covariance_1: Figure 4
-        embeddings[str(stack)] = z_1                                      # for the log: over how many directions they spread
+        embeddings[str(stack)] = z_1                                      # for the log's effective_rank
     return loss, terms, embeddings
 
 
@@ -210,7 +212,7 @@ def arguments(argv=None):
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8, else 0.3, as in S-JEA's authors' code, or 0.08 with --augmentation vicreg)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else with --augmentation vicreg 0.08, without 0.3, as in S-JEA's authors' code)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
