@@ -791,7 +791,7 @@ class Block(nn.Module):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for [B, heads, N, d], by the fused kernel, which holds no [N, N], where that is faster."""
-    if q.device.type == "cpu" and k.shape[2] < 512:
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] < 512:    # the kernel's backward is the slow half
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -137,7 +137,7 @@ def check(options, images):
             for old, new in (("patch_embed.proj", "embed"), ("predictor_proj", "project"), ("predictor_", ""), ("attn.", ""), ("mlp.", "")):
                 name = name.replace(old, new)
             weights[name] = value
-        mine.position.copy_(weights.pop("pos_embed")[0])
+        weights["position"] = weights.pop("pos_embed")[0]
         mine.load_state_dict({name: value.reshape(mine.state_dict()[name].shape) for name, value in weights.items()})
     count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     parameters = count(ours.model), count(authors.encoder, authors.predictor)
