@@ -6,7 +6,7 @@ Mo, Tong 2024, https://arxiv.org/abs/2410.19560
     python cjepa.py --ema 0 --beta-vicreg 0 --out runs/neither      # neither EMA nor VICReg
 
 I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the letter; its docstring says what they are and how they
-and the defaults differ from the paper. What C-JEPA adds:
+and the defaults differ from I-JEPA's paper. What C-JEPA adds:
 
     L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
@@ -15,7 +15,7 @@ d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in it
 v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA
 and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (README, question 16).
 
-This script was written from a review of the paper (one of its captions of I-JEPA gives the whole image to the wrong encoder); the
+This script was written from a review of the paper (which in one caption swaps I-JEPA's encoders); the
 coefficients are the paper's as others quote them. The review does not say what the "augmented views" are whose means are Z and
 Z'. Our choice: an image has one crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of
 blocks, so that s draws the means of different blocks together. --views target is the other reading: mean prediction, mean target.
@@ -104,11 +104,11 @@ ASPECT = (0.75, 1.5)                           # of a target block, height by wi
 
 
 def block_sizes(grid_size, scale, aspect):
-    """[(h, w), ...]: the blocks of h x w patches with h w / grid_size^2 in scale and h / w in aspect."""
+    """[(h, w), ...]: blocks with h w / grid_size^2 in scale and h / w in aspect, without full sides where others fit."""
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code, unless nothing else fits (ours)
+    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; "or sizes" is ours
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -121,7 +121,7 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
 
 
 def first_true(mask):
-    """mask [B, N] bool -> [B, Nc]: per image the first Nc patches that are True, Nc the smallest number in the batch."""
+    """mask [B, N] bool -> indices [B, Nc]: per image those of the first Nc patches that are True, Nc the smallest number in the batch."""
     ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the context encoder
     ## seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch
     ## of 128 (the paper's table: 0.25): it depends on the batch size (in the authors' code on each GPU's).
@@ -131,12 +131,12 @@ def first_true(mask):
 def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks to predict and what they leave of one large square.
 
-    All blocks of a batch have one size, each its own place. Indices are row-major, of the patches on a grid of grid_size^2.
+    The target blocks of a batch have one size, each its own place; so have the squares. Indices are row-major, on grid_size^2 patches.
     """
     targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
     square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
     context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would give its answer away. (On 8 x 8 patches the square is all of it: 7 x 7 are less than 0.85.)
+    ## A context patch inside a target would give the answer away. (On 8 x 8 patches the square is the whole image: 7 x 7 are less than 0.85.)
     context.scatter_(1, targets.flatten(1), False)
     return first_true(context), targets                                   # I-JEPA masks: B_x
 
@@ -162,7 +162,7 @@ def random_masks(batch_size, grid_size, generator=None):
 
 
 def draw_masks(args, batch_size, generator):
-    """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU: their shapes must be known there."""
+    """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU, which must know their shapes."""
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
         return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
@@ -172,7 +172,7 @@ def draw_masks(args, batch_size, generator):
 # ---- model ----------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow ViT: predicts the features of a target block from the context's features and the block's positions. d: its width."""
+    """A narrow ViT: predicts the features of a target block from the context's features and the block's positions. Here d is its width."""
 
     def __init__(self, args, D, out_features):
         super().__init__()
@@ -184,15 +184,15 @@ class Predictor(nn.Module):
         common.initialise(self)
 
     def forward(self, s_x, context, targets):
-        """s_x [B, Nc, D], context [B, Nc], targets [B, M, Nt] -> predictions [B, M, Nt, D]."""
+        """s_x [B, Nc, D], context [B, Nc], targets [B, M, Nt] -> predictions [B, M, Nt, out_features]."""
         B, M, Nt = targets.shape
-        known = self.embed(s_x) + self.position[context]                                    # [B, Nc, d]
-        asked = self.mask_token + self.position[targets]                                    # [B, M, Nt, d]
+        known = self.embed(s_x) + self.position[context]                                    # s_x with its places [B, Nc, d]
+        asked = self.mask_token + self.position[targets]                                    # mask tokens with theirs [B, M, Nt, d]
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
-        tokens = self.blocks[:-1](tokens.flatten(0, 1))                   # I-JEPA predictor  [B M, Nc + Nt, d]
+        tokens = self.blocks[:-1](tokens.flatten(0, 1))                                     # [B M, Nc + Nt, d]
         predicted = self.blocks[-1](tokens, last=Nt)                      # only the block's Nt outputs are read  [B M, Nt, d]
-        return self.project(self.norm(predicted)).unflatten(0, (B, M))                      # [B, M, Nt, D]
+        return self.project(self.norm(predicted)).unflatten(0, (B, M))    # I-JEPA predictor  [B, M, Nt, out_features]
 
 
 class JEPA(nn.Module):
@@ -207,7 +207,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(args, D, 3 * args.patch_size**2 if self.pixels else D)
 
     def forward(self, y, context, targets):
-        """Images y [B, 3, H, W], context [B, Nc], targets [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
+        """Images y [B, 3, H, W], context B_x [B, Nc], targets B_i [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
@@ -226,7 +226,7 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # common.train reseeds generator at every step
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # seeded like generator, which common.train reseeds at every step
     masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes' images, so that all have the same Nc
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
@@ -238,8 +238,8 @@ def training_step(model, images, args, generator):
         pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [n, D]
     else:
         pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## The M predictions of one image are views of it that no one had to design. s makes their means agree, v keeps those of different
-    ## images apart, c keeps dimensions from saying the same.
+    ## With --views blocks the M predictions of an image are its views, which no one had to design. s makes their means agree, v keeps
+    ## those of different images apart, c keeps dimensions from saying the same.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, lambda_=args.beta_sim, mu=args.beta_std, nu=args.beta_cov) for z_i, z_j in pairs))
     loss = loss + args.beta_vicreg * sum(losses) / len(pairs)             # C-JEPA loss
     terms |= {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
@@ -285,16 +285,18 @@ def arguments(argv=None):
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': the mean predictions for an image's blocks, pairwise; or their mean and the mean target")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW, with which --lr is 0.016 by default (--recipe paper: 1.25e-4 with either)")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW (--lr: 0.032 or 0.016; --recipe paper: 1.25e-4 for both)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
-    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant)")
+    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant; --recipe paper: 0.4)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
-    given = parser.parse_known_args(argv)[0]                             # two flags change the defaults of others
+    given = parser.given(argv)                                           # two flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
     if given.recipe == "paper":
         parser.set_defaults(**PAPER)
     args = common.parse(parser, argv)
+    if args.ema_end < args.ema:
+        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")
     args.predictor_width = args.predictor_width or min(384, common.VITS[args.vit][0] // 2)
     args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.3)
     args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end

@@ -61,6 +61,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Unusable(message)
 
+    def given(self, argv):
+        """What argv gives, for flags that change the defaults of others, which a --help is to show."""
+        argv = sys.argv[1:] if argv is None else argv
+        return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+
 
 def number(kind, low, high=1e12):
     """An argparse type: an int or float in [low, high]."""
@@ -923,7 +928,7 @@ class LARS(torch.optim.Optimizer):
 class Muon(torch.optim.AdamW):
     """AdamW, but weight matrices take steps along their orthogonalised momentum (Jordan et al. 2024).
 
-    The steps are scaled to the size of AdamW's, entries of about 0.2, so that one learning rate serves both (Liu et al. 2025).
+    The steps are scaled to the size of AdamW's, entries of about 0.2, so that one learning rate serves matrices and all else (Liu et al. 2025).
     Groups with muon=False (biases, norms, the mask token) take AdamW's steps.
     """
     ## A gradient matrix is nearly of low rank: AdamW learns a few directions and hardly moves along the others. With all
@@ -939,7 +944,7 @@ class Muon(torch.optim.AdamW):
                 if not state:                  # AdamW looks for a step when it loads a state
                     state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
                 momentum = state["exp_avg"].lerp_(p.grad, 0.05)
-                g = p.grad.lerp(momentum, 0.95).flatten(1)                # Nesterov's; [m, n], a convolution's [m, channels h w]
+                g = p.grad.lerp(momentum, 0.95).flatten(1)                # Nesterov's, momentum 0.95; [m, n], a convolution's [m, channels h w]
                 by_shape.setdefault(g.shape, []).append((p, g))
                 p.grad = None                  # so that AdamW's own step, below, leaves it alone
             for shape, pairs in by_shape.items():
@@ -1045,7 +1050,7 @@ def train(args, model, training_step, data, after_step=None):
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.reset(per_epoch)
                 bar.initial = bar.n = i
-                began, ask = time.perf_counter() - seconds, i
+                began, ask = time.perf_counter() - seconds, i     # ask: from which step on processes decide together
             generator.manual_seed(args.seed * 1_000_003 + step)
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
@@ -1058,7 +1063,7 @@ def train(args, model, training_step, data, after_step=None):
             if step == first and (idle := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]):
                 raise RunFailed(f"the loss does not reach {idle[0]}: use it, or set its requires_grad to False")
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and args.precision == "bf16"):
-                optimizer.step()                                  # Muon's matrix products, that is
+                optimizer.step()                                  # bf16 is for Muon's matrix products
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
             names = names or terms.keys()

@@ -224,7 +224,7 @@ def arguments(argv=None):
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
     # Each optimizer has its own default rate and decay, so argv is searched for it first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
-    parser.set_defaults(**own.get(parser.parse_known_args(argv)[0].optimizer, {}))
+    parser.set_defaults(**own.get(parser.given(argv).optimizer, {}))
     args = common.parse(parser, argv)
     args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.08 if args.augmentation == "vicreg" else 0.3)
     args.projectors = args.projectors or "1" * args.stacks

@@ -318,10 +318,10 @@ def test_features_of_all_patches_equal_those_of_their_index_set():
     assert torch.allclose(common.take(encoder(x), order), encoder(x, order), atol=1e-5)
 
 
-@pytest.mark.parametrize("N", [9, 600])
-def test_attention_equals_its_definition_token_by_token(N):
-    """By either path: softmax(q k^T / sqrt(d)) v in float64."""
-    q, k, v = torch.randn(3, 2, 4, N, 16).unbind()
+@pytest.mark.parametrize("N, gradient", [(9, True), (9, False), (600, True)])
+def test_attention_equals_its_definition_token_by_token(N, gradient):
+    """By either path, the fused kernel's or, with a gradient and few tokens, the plain one: softmax(q k^T / sqrt(d)) v in float64."""
+    q, k, v = torch.randn(3, 2, 4, N, 16, requires_grad=gradient).unbind()
     found = common.attention(q, k, v)
     for b, h, i in itertools.product(range(2), range(4), (0, N // 2, N - 1)):
         weights = torch.tensor([math.exp(q[b, h, i].double().dot(k[b, h, j].double()) / 4) for j in range(N)], dtype=torch.float64)

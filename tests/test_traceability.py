@@ -126,3 +126,16 @@ def test_help_shows_every_flag_with_a_line(script):
         assert re.search(rf"^  {flag} .*\w", text, re.M), flag
     symbols = {"vicreg.py": ("lambda:", "mu:", "nu:"), "sjea.py": ("lambda:", "Table 3"), "ijepa.py": ("M:", "D:", "m:"), "cjepa.py": ("M:", "m:")}
     assert all(symbol in text for symbol in symbols.get(script, ()))
+
+
+@pytest.mark.parametrize("script, flags, shown", [
+    ("vicreg", ["--optimizer", "lars"], {"--lr": "0.3", "--weight-decay": "1e-06"}), ("sjea", [], {"--lr": "0.06"}), ("sjea", ["--optimizer", "adamw"], {"--lr": "0.03"}),
+    ("cjepa", ["--optimizer", "adamw"], {"--lr": "0.016"}), ("ijepa", ["--recipe", "paper"], {"--vit": "base", "--lr": "0.000125", "--batch-size": "2048"})])
+def test_help_shows_the_defaults_that_go_with_the_flags_before_it(script, flags, shown, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).arguments([*flags, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for flag, default in shown.items():
+        assert re.search(rf" {flag} [^-].*?\(default: ([^)]*)\)", text)[1] == default, flag

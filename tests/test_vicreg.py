@@ -55,9 +55,10 @@ def test_terms_equal_a_loop_over_the_definition(n, d):
     assert terms["covariance"].item() == pytest.approx(c1 + c2, abs=1e-10)
 
 
-def test_gradients():
+@pytest.mark.parametrize("n, d", [(6, 4), (4, 6)])
+def test_gradients(n, d):
     """Central differences in float64; the factor keeps every dimension away from the hinge's kink."""
-    z1, z2 = (0.5 * torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    z1, z2 = (0.5 * torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     z1.requires_grad_(), z2.requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: vicreg.vicreg_loss(a, b, 25, 25, 1)[0], (z1, z2))
 
