@@ -43,7 +43,7 @@ def invariance(z_1, z_2):
 
 
 def variance(z, gamma=1.0, eps=1e-4):
-    """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
+    """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
     """
@@ -56,17 +56,17 @@ def variance(z, gamma=1.0, eps=1e-4):
 def covariance(z):
     """c(Z) of VICReg Eq. (4): squared off-diagonal covariances, summed and divided by d.
 
-    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
+    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0, but for rounding, when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 all go one way, and effective_rank in the log falls to 1.0.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
     n, d = z.shape
-    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d], so that C(Z) = Z^T Z [d, d]
-    ## Z^T Z and Z Z^T have the same eigenvalues but for zeros, so their squares have the same sum. The smaller one is computed:
-    ## with VICReg's d = 8192 and n = 256 the term costs a fortieth.
-    squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # VICReg Eq. (3)  sum_ij C(Z)_ij^2
-    variances = z.pow(2).sum(dim=0)                                       # the diagonal of C(Z)  [d]
-    return (squares - variances.pow(2).sum()) / d                         # VICReg Eq. (4)
+    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
+    # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
+    ## (with d = 8192, VICReg's, and n = 256 in a fortieth of the time).
+    squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
+    variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
+    return (squares - variances.pow(2).sum()).clamp(min=0) / d            # VICReg Eq. (4), kept from rounding below 0
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):

@@ -571,8 +571,8 @@ class View:
 def draw_view(view, n, height, width, generator):
     """Draw the parameters of n views of [3, height, width] images: {name: [n, ...]}, ranges as in `view`.
 
-    Factors are the neutral 1 (shift 0, sigma 0) where an operation is not drawn; sigma is None where none ever is. "order"
-    alone is drawn once for all n: the sequence of the four colour operations.
+    An operation that is not drawn has factor 1, hue 0 or sigma 0; sigma is None where none ever is. "order" alone
+    is drawn once for all n: the sequence of the four colour operations.
     """
     device = generator.device
     # What the host needs to know comes from a generator of its own: reading the device's would wait for it.
@@ -580,7 +580,7 @@ def draw_view(view, n, height, width, generator):
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
     happens = lambda p: torch.rand(n, generator=generator, device=device) < p
 
-    # Crop as RandomResizedCrop draws it: area and log aspect ratio, the first of ten attempts that fits, else the largest crop.
+    # Crop as RandomResizedCrop draws it: area and log aspect ratio, the first of ten attempts that fits, else the largest crop (which torchvision centres).
     area = height * width * uniform(*view.crop_scale, 10)                                   # [n, 10]
     ratio = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3), 10))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -979,7 +979,7 @@ def make_optimizer(model, args):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear warm-up over `warmup` steps, then a cosine from peak to peak / 1000 at the last of `steps`."""
+    """Linear warm-up over `warmup` steps, then a cosine from peak to peak / 1000 at the last of `steps`, if any is left."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -999,8 +999,8 @@ def train(args, model, training_step, data, after_step=None):
     training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise, its parts {name: scalar
     tensor}, the same names at every step, and {level: [n, d]} of all processes to watch for collapse, before any normalisation. It
     calls `model`, which may be wrapped for torchrun, and touches none of its attributes. after_step(model, args, progress), where
-    given, gets the bare model after each update; progress goes from 0 to 1 over the run. All randomness of step t comes
-    from generators seeded with (args.seed, t): a resumed run draws what an undisturbed one does.
+    given, gets the bare model after each update; progress goes from 0 to 1 over the run. A step's augmentations are
+    seeded with (args.seed, step), an epoch's order with (args.seed, epoch): a resumed run draws what an undisturbed one does.
     Returns the last features of data.train_images and data.test_images, each {level: [N, D]}, or None where no step was left to do.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """

@@ -6,13 +6,14 @@
     python eval_linear.py runs/sjea-shapes/checkpoint.pt --shots 1 5 20 --augmented 20 --fine-tune 20 --supervised 20
 
 The checkpoint says which method, encoder and dataset it belongs to. Projectors are left out: what is
-judged is each encoder's pooled map, with all encoders frozen (S-JEA section 4.1), and, where S-JEA has
-several stacks, all of them side by side. Two baselines stand beside it, raw pixels and the same encoder
+judged is each encoder's pooled map, frozen but for --fine-tune and --supervised (S-JEA section 4.1), and,
+where S-JEA has several stacks, all of them side by side. Two baselines stand beside it, raw pixels and the same encoder
 before training. Features are computed once, without augmentation; --augmented trains the linear layer as
-the papers do, on a new crop and flip of every image in every epoch. Writes eval.json beside the checkpoint.
+the papers do, on new crops and flips in every epoch. Writes eval.json beside the checkpoint.
 """
 import importlib
 import json
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -292,7 +293,8 @@ def main(argv=None, data=None, features=None):
             result[name] = {"epochs": epochs, "levels": {level: {"top1": top1, "top5": top5} for level, (top1, top5) in top.items()}}
             table(f"{labels[0]}, {name.replace('_', '-')}, {epochs} epochs", ("top-1 %", "top-5 %"), result[name]["levels"])
     common.write(options.checkpoint.with_name("eval.json"), lambda file: file.write(json.dumps(result, indent=2).encode()))
-    print(f"\nTo read out more: python eval_linear.py {options.checkpoint} --labels {' '.join(data.train_labels)}")
+    if data.train_labels.keys() > set(labels):
+        print(f"\nTo read out more: {shlex.join(['python', 'eval_linear.py', str(options.checkpoint), '--labels', *data.train_labels])}")
 
 
 def table(title, columns, rows):

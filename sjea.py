@@ -71,7 +71,7 @@ def invariance(z_1, z_2):
 
 
 def variance(z, gamma=1.0, eps=1e-4):
-    """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
+    """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
     """
@@ -84,17 +84,17 @@ def variance(z, gamma=1.0, eps=1e-4):
 def covariance(z):
     """c(Z) of VICReg Eq. (4): squared off-diagonal covariances, summed and divided by d.
 
-    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
+    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0, but for rounding, when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 all go one way, and effective_rank in the log falls to 1.0.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
     n, d = z.shape
-    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d], so that C(Z) = Z^T Z [d, d]
-    ## Z^T Z and Z Z^T have the same eigenvalues but for zeros, so their squares have the same sum. The smaller one is computed:
-    ## with VICReg's d = 8192 and n = 256 the term costs a fortieth.
-    squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # VICReg Eq. (3)  sum_ij C(Z)_ij^2
-    variances = z.pow(2).sum(dim=0)                                       # the diagonal of C(Z)  [d]
-    return (squares - variances.pow(2).sum()) / d                         # VICReg Eq. (4)
+    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
+    # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
+    ## (with d = 8192, VICReg's, and n = 256 in a fortieth of the time).
+    squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
+    variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
+    return (squares - variances.pow(2).sum()).clamp(min=0) / d            # VICReg Eq. (4), kept from rounding below 0
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
@@ -130,7 +130,7 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):
 # ---- model ----------------------------------------------------------------------------------
 
 def projector(in_features, widths):
-    """h: fully connected layers, BN and ReLU after each but the last, the last without bias."""
+    """h, VICReg's expander: linear layers, BN and ReLU after all but the last, which has no bias."""
     layers = []
     for width in widths[:-1]:
         layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU(True)]
@@ -215,14 +215,14 @@ def arguments(argv=None):
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else with --augmentation vicreg 0.08, without 0.3, as in S-JEA's authors' code)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else 0.08 with --augmentation vicreg and 0.3, as in S-JEA's authors' code, with the others)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars (0.3; VICReg's)")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
-    # Each optimizer has its own default rate and decay, so argv is searched for it first.
+    # AdamW and LARS have default rates of their own, LARS a decay, too, so argv is searched for the optimizer first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.given(argv).optimizer, {}))
     args = common.parse(parser, argv)

@@ -16,12 +16,12 @@ Two random views x_1, x_2 of every image go through one encoder f and one projec
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
     Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
 
-Where this script follows the authors' code (facebookresearch/vicreg) and not the paper's equations,
-because the published coefficients (25, 25, 1) belong to the code: s is also divided by d, as in the
-paper's Algorithm 1, and the variance term is halved, as in S-JEA's code and lightly, but not in
-Algorithm 1 and solo-learn. The default settings suit minutes on two CPU cores: width 16 (so C = 128
-instead of ResNet-18's 512), the optimizer Muon, S-JEA's augmentation, and nu = 8, with which AdamW
-learns more at a small d (results/README.md). The published ones are flags.
+Two things follow the authors' code (facebookresearch/vicreg) and not the paper's equations, because the
+published coefficients (25, 25, 1) belong to the code: s is also divided by d (so has the paper's Algorithm
+1), and the variance term is halved (so have S-JEA's code and lightly, but not Algorithm 1 and solo-learn).
+The default settings suit minutes on two CPU cores: width 16 (so C = 128 instead of ResNet-18's 512),
+d = 256 instead of 8192, the optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and
+nu = 8, chosen with AdamW (results/README.md). The published ones are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def invariance(z_1, z_2):
 
 
 def variance(z, gamma=1.0, eps=1e-4):
-    """v(Z) of VICReg Eq. (1): how far each dimension's standard deviation falls short of gamma.
+    """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
     """
@@ -56,17 +56,17 @@ def variance(z, gamma=1.0, eps=1e-4):
 def covariance(z):
     """c(Z) of VICReg Eq. (4): squared off-diagonal covariances, summed and divided by d.
 
-    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0 when no two dimensions are correlated.
+    z: [n, d] embeddings of one view. Returns a scalar >= 0; 0, but for rounding, when no two dimensions are correlated.
     """
     ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 all go one way, and effective_rank in the log falls to 1.0.
+    ## This term spreads information over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
     n, d = z.shape
-    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d], so that C(Z) = Z^T Z [d, d]
-    ## Z^T Z and Z Z^T have the same eigenvalues but for zeros, so their squares have the same sum. The smaller one is computed:
-    ## with VICReg's d = 8192 and n = 256 the term costs a fortieth.
-    squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # VICReg Eq. (3)  sum_ij C(Z)_ij^2
-    variances = z.pow(2).sum(dim=0)                                       # the diagonal of C(Z)  [d]
-    return (squares - variances.pow(2).sum()) / d                         # VICReg Eq. (4)
+    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
+    # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
+    ## (with d = 8192, VICReg's, and n = 256 in a fortieth of the time).
+    squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
+    variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
+    return (squares - variances.pow(2).sum()).clamp(min=0) / d            # VICReg Eq. (4), kept from rounding below 0
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
@@ -87,7 +87,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
 # ---- model ----------------------------------------------------------------------------------
 
 def projector(in_features, widths):
-    """h: fully connected layers, BN and ReLU after each but the last, the last without bias."""
+    """h, VICReg's expander: linear layers, BN and ReLU after all but the last, which has no bias."""
     layers = []
     for width in widths[:-1]:
         layers += [nn.Linear(in_features, width), nn.BatchNorm1d(width), nn.ReLU(True)]
@@ -109,7 +109,7 @@ class VICReg(nn.Module):
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
     def representations(self, x):
-        """{level: [B, C]}: what common.train and eval_linear judge, the pooled maps."""
+        """{level: [B, C]}: what common.train and eval_linear judge, the pooled maps, here of one level, "0"."""
         return {"0": pool(self.f(x))}
 
 
@@ -146,14 +146,14 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else with --augmentation vicreg 0.08, without 0.3, as in S-JEA's authors' code)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else 0.08 with --augmentation vicreg and 0.3, as in S-JEA's authors' code, with the others)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars (0.3; VICReg's)")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
-    # Each optimizer has its own default rate and decay, so argv is searched for it first.
+    # AdamW and LARS have default rates of their own, LARS a decay, too, so argv is searched for the optimizer first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.given(argv).optimizer, {}))
     args = common.parse(parser, argv)
