@@ -15,10 +15,10 @@ d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in it
 v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA
 and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (README, question 16).
 
-This script was written from a review of the paper (which in one caption swaps I-JEPA's encoders); the
-coefficients are the paper's as others quote them. The review does not say what the "augmented views" are whose means are Z and
-Z'. Our choice: an image has one crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of
-blocks, so that s draws the means of different blocks together. --views target is the other reading: mean prediction, mean target.
+This script was written from a review of the paper (which in one caption swaps I-JEPA's encoders); the coefficients are the paper's
+as others quote them. The review does not say what the "augmented views" are whose means are Z and Z'. Our choice: an image has one
+crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means
+of different blocks together. --views target is the other reading: mean prediction, mean target.
 """
 import copy
 import itertools
@@ -63,7 +63,6 @@ def covariance(z):
     n, d = z.shape
     z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
     # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
-    ## (with d = 8192, VICReg's, and n = 256 in a fortieth of the time).
     squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
     variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
     return (squares - variances.pow(2).sum()).clamp(min=0) / d            # VICReg Eq. (4), kept from rounding below 0

@@ -7,9 +7,9 @@
 
 The checkpoint says which method, encoder and dataset it belongs to. Projectors are left out: what is
 judged is each encoder's pooled map, frozen but for --fine-tune and --supervised (S-JEA section 4.1), and,
-where S-JEA has several stacks, all of them side by side. Two baselines stand beside it, raw pixels and the same encoder
-before training. Features are computed once, without augmentation; --augmented trains the linear layer as
-the papers do, on new crops and flips in every epoch. Writes eval.json beside the checkpoint.
+where S-JEA has several stacks, all of them side by side. Two baselines stand beside it, raw pixels and the
+same encoder before training. Features are computed once, without augmentation; --augmented trains the linear
+layer as the papers do, on new crops and flips in every epoch. Writes eval.json beside the checkpoint.
 """
 import importlib
 import json

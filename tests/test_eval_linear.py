@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,16 @@ def test_a_checkpoint_in_a_read_only_folder_is_loaded_and_not_judged(tiny_run, m
         monkeypatch.setattr(figures, "load_run", lambda *args, **more: None)
         with pytest.raises(common.Unusable, match="beside the .*checkpoint: .* is not a folder that can be written to"):
             main([str(path)])
+
+
+def test_the_command_printed_at_the_end_reads_out_all_labels(tiny_run, tmp_path, monkeypatch, capsys):
+    out = tiny_run("vicreg", "--epochs", "1", out=tmp_path / "my run")
+    program, script, *flags = shlex.split(re.search("To read out more: (.+)", capsys.readouterr().out)[1])
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
+    eval_linear.main(flags)
+    assert (program, script) == ("python", "eval_linear.py")
+    assert list(json.loads((out / "eval.json").read_text())["labels"]) == list(conftest.tiny_shapes(eval_linear.load(out / "checkpoint.pt")[1]).train_labels)
+    assert "To read out more" not in capsys.readouterr().out               # nothing is left
 
 
 # ---- protocols that train ----
