@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import functools
 import gc
+import http.client
 import itertools
 import json
 import math
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         raise Unusable(message)
 
     def given(self, argv):
-        """What argv gives, for flags that change the defaults of others, which a --help is to show."""
+        """The values of argv's flags before the real parse: some change the defaults of others, which --help, ignored here, is to show."""
         argv = sys.argv[1:] if argv is None else argv
         return self.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
 
@@ -244,13 +245,14 @@ def resize(images, size):
 def torchvision_dataset(name, args, **options):
     """One of torchvision's datasets from args.data_dir, where download=True puts it if it is not there yet."""
     root = Path(args.data_dir)
-    new = not root.exists()
+    new = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         with one_at_a_time(root) if options["download"] else nullcontext():
             return getattr(torchvision.datasets, name)(root, **options)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        if new and root.is_dir() and not any(root.iterdir()):
-            root.rmdir()
+    except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException) as error:
+        for folder in new:
+            with suppress(OSError):            # only an empty one goes
+                folder.rmdir()
         raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{', nor can it be downloaded' * options['download']}: {error}") from error
 
 
@@ -336,7 +338,7 @@ def list_images(part, known):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # there is none, or a damaged one
         pass
     seen, below = {}, lambda paths: np.array([os.fsencode(path)[len(os.fsencode(part)) + 1:] for path in paths])
-    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does, 40 times around a loop
+    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does: a link to its own parent it would follow some 40 times
         if os.path.realpath(folder) in seen:
             raise Unusable(f"argument --data-dir: {folder} leads to a folder that is in {part} already; remove the link")
         seen[os.path.realpath(folder)] = folder, os.stat(folder).st_mtime_ns
@@ -347,7 +349,7 @@ def list_images(part, known):
 
 
 def free_memory(device):
-    """Bytes for each process: its share of what is free here or allowed to this job (a container's or SLURM's cgroup), but no more than its GPU has free."""
+    """Bytes for each process: its share of what is free here or, where less, allowed to this job (a container's or SLURM's cgroup), but no more than its GPU has free."""
     try:
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError):              # not Linux: half of all is near enough
@@ -707,7 +709,7 @@ def channels(values, device):
 class ResNet(nn.Module):
     """torchvision's residual blocks without the classifier, with a choice of stem and width.
 
-    Up to a size of 64, and so on the map of an earlier encoder, the stem is one 3x3 convolution; larger
+    Up to a size of 64, and therefore on an earlier encoder's map, too, the stem is one 3x3 convolution; larger
     images get the standard 7x7 with stride 2 and max-pooling. The last BN of each block starts at zero.
     width: 8 or more; on a CPU without AVX-512, torch 2.14's 1x1 convolution with a stride, of channels-last maps with
     fewer channels, writes beyond its memory in the backward pass.
@@ -796,7 +798,7 @@ class Block(nn.Module):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for [B, heads, N, d], by the fused kernel, which holds no [N, N], where that is faster."""
-    if q.requires_grad and q.device.type == "cpu" and k.shape[2] < 512:    # the kernel's backward is the slow half
+    if q.requires_grad and q.device.type == "cpu" and k.shape[2] < 512:    # in bfloat16 the kernel's backward is slow
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -903,7 +905,7 @@ def from_first(value):
 # ---- Optimisation ----------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, per weight tensor, by ||w|| / ||gradient|| (You et al. 2017).
+    """SGD with momentum whose step is scaled, per weight tensor, by eta ||w|| / ||gradient|| (You et al. 2017).
 
     Groups with lars=False (biases, norms) take plain momentum steps.
     """
@@ -955,7 +957,7 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalise(g):
     """k matrices U S V^T in g [k, m, n] -> roughly their U V^T [k, m, n]: singular values of 0.7 to 1.2, the tiniest less."""
-    ## A Newton-Schulz step sends each singular value s of x to 3.4445 s - 4.775 s^3 + 2.0315 s^5: for s from 0 to 1, towards 1.
+    ## A Newton-Schulz step sends each singular value s of x to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five bring all from 0.003 to 1 near 1.
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)              # now no s is above 1
     for _ in range(5):
@@ -979,7 +981,7 @@ def make_optimizer(model, args):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear warm-up over `warmup` steps, then a cosine from peak to peak / 1000 at the last of `steps`, if any is left."""
+    """Linear warm-up over `warmup` steps, then a cosine from peak to peak / 1000 at the last of `steps`, where two or more are left."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -997,7 +999,7 @@ def train(args, model, training_step, data, after_step=None):
     """Train `model` on data.images and leave config, script, log, checkpoint and curves in args.out.
 
     training_step(model, images, args, generator) -> (loss, terms, embeddings): a scalar to minimise, its parts {name: scalar
-    tensor}, the same names at every step, and {level: [n, d]} of all processes to watch for collapse, before any normalisation. It
+    tensor}, the same names at every step, and {level: [n, d]} of all processes to watch for collapse, not scaled to unit length. It
     calls `model`, which may be wrapped for torchrun, and touches none of its attributes. after_step(model, args, progress), where
     given, gets the bare model after each update; progress goes from 0 to 1 over the run. A step's augmentations are
     seeded with (args.seed, step), an epoch's order with (args.seed, epoch): a resumed run draws what an undisturbed one does.
@@ -1031,7 +1033,7 @@ def train(args, model, training_step, data, after_step=None):
             tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
         if args.resume:
             first, so_far, seconds, history = restore(args, model, optimizer, len(data.images))
-        config = {**vars(args), "command": " ".join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
+        config = {**vars(args), "command": shlex.join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
         write(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
         keep_script(training_step, out, args.resume)
         if first == steps and rank == 0:
@@ -1066,7 +1068,7 @@ def train(args, model, training_step, data, after_step=None):
                 optimizer.step()                                  # bf16 is for Muon's matrix products
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
-            names = names or terms.keys()
+            names = names or set(terms)                           # not terms.keys(), which would hold this step's graph
             if terms.keys() != names:
                 raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}; return a zero tensor for one that is off")
             terms = {"loss": loss, **terms}
@@ -1141,7 +1143,7 @@ def keep_script(training_step, out, resume):
     script = Path(getattr(sys.modules.get(training_step.__module__), "__file__", ""))
     if not script.is_file():                       # a notebook's cell
         return
-    kept = out / script.name
+    kept = out / f"{script.stem}-as-run.py"        # a name that no file of the user's has
     if not resume or not kept.exists():
         write(kept, lambda file: file.write(script.read_bytes()))
     elif kept.read_bytes() != script.read_bytes() and process()[0] == 0:
@@ -1155,7 +1157,7 @@ LOCKS = []                                     # descriptors of the folder that 
 def claimed(out, resume):
     """Hold the folder `out` for this process alone; the lock ends with the process, however that ends.
 
-    Raises Unusable where another process holds it, or a run is there already and resume is False.
+    Raises Unusable where another process holds it, or resume is False and a run, or a config.json of something else, is there already.
     """
     if resume and not out.exists():
         raise Unusable(f"argument --resume: no {out / CHECKPOINTS[0]}; there is no folder {out}")
@@ -1172,6 +1174,8 @@ def claimed(out, resume):
             raise Unusable(f"argument --out: another process is writing to {out}, or it cannot be locked: {error}") from error
         if not resume and any((out / name).exists() for name in (*CHECKPOINTS, "metrics.jsonl")):
             raise Unusable(f"argument --out: {out} already holds a run, or its log; --resume goes on with it, another --out starts afresh")
+        if not resume and (out / "config.json").exists() and b'"method"' not in (out / "config.json").read_bytes():
+            raise Unusable(f"argument --out: {out / 'config.json'} is no run's; another --out leaves it alone")
         yield
     finally:
         LOCKS.remove(folder)
@@ -1237,7 +1241,9 @@ def restore(args, model, optimizer, images):
         raise Unusable(f"{path}: its log has {len(state['history'])} epochs and {steps} steps, but its step number, {state['step']}, does not fit")
     if damage:
         tqdm.write(f"warning: {damage}; going on from {previous}", file=sys.stderr)
-        os.replace(previous, out / CHECKPOINTS[0])  # else the next save would keep the damaged one and drop this
+        with suppress(FileNotFoundError):           # kept, for it may be whole and the reading at fault
+            os.replace(out / CHECKPOINTS[0], out / "checkpoint-unread.pt")
+        os.replace(previous, out / CHECKPOINTS[0])  # else the next save would drop this
     return state["step"], state["terms"], state["seconds"], state["history"]
 
 
@@ -1307,8 +1313,9 @@ def load_checkpoint(path, method=None):
     """
     fields = {"method": str, "config": dict, "step": int, "terms": dict, "seconds": float, "history": list, "model": dict, "optimizer": dict}
     number = lambda x: isinstance(x, (int, float))
-    numbers = lambda x: number(x) or isinstance(x, dict) and all(map(number, x.values()))
+    numbers = lambda x: isinstance(x, dict) and all(map(number, x.values()))
     lists = lambda x: isinstance(x, dict) and all(isinstance(y, list) and all(map(number, y)) for y in x.values())
+    logged = {"effective_rank": numbers, "feature_std": numbers, "knn": numbers, "curve": lists}    # by level, or term; all else is one number
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
@@ -1319,13 +1326,15 @@ def load_checkpoint(path, method=None):
         log, terms = state.get("history"), state["terms"]
         if not (all(isinstance(state.get(name), kind) for name, kind in fields.items())
                 and all(isinstance(row, dict) and row.keys() - OPTIONAL == log[0].keys() - OPTIONAL >= LOGGED for row in log)
-                and all(lists(value) if name == "curve" else numbers(value) for row in log for name, value in row.items())
+                and all(logged.get(name, number)(value) for row in log for name, value in row.items())
                 and lists(terms) and len(set(map(len, terms.values()))) <= 1
                 and all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes    # not one number for all of it
                         for values in (state["model"], *state["optimizer"].get("state", {}).values()) for value in values.values())):
             raise ValueError("its fields, its log or its weights are not as these scripts write them")
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
+    except MemoryError:
+        raise
     except Exception as error:                 # foreign bytes can make torch.load, and the checks, raise anything
         raise Unusable(f"{path}: its content is not a checkpoint of these scripts: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if method and state["method"] != method:
@@ -1343,7 +1352,7 @@ def write_log(history, out):
 
 
 def draw_curves(logs):
-    """{name of a run: its log} as five plots over epochs: loss and its terms (in tenths of an epoch), effective rank, spread, k-NN accuracy.
+    """{name of a run: its log} as five plots over epochs: loss and its terms (in tenths of an epoch), effective rank and spread of what is watched for collapse, k-NN accuracy.
 
     A curve has one colour in all runs, a run one style of line.
     """
@@ -1359,8 +1368,7 @@ def draw_curves(logs):
             rows = [row for row in history if field in row]
             for k, level in enumerate(rows[0][field] if rows else ()):
                 draw(axis, k, f"level {level}", [(row["epoch"], row[field][level]) for row in rows])
-    for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank of the embeddings",
-                                  "standard deviation of the embeddings", "k-NN accuracy")):
+    for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank", "standard deviation", "k-NN accuracy")):
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)

@@ -202,7 +202,7 @@ def load(path, device="auto", data_dir=None):
     with torch.device("meta"):                 # no memory for the sizes that the config declares until the weights prove to have them
         expected = {name: value.shape for name, value in build(args).state_dict().items()}
     if expected != {name: value.shape for name, value in state["model"].items()}:
-        raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py builds it now; judge it with the script of its run")
+        raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py builds it now; judge it with the code of its run")
     model = untrained(args)
     try:
         model.load_state_dict(state["model"])

@@ -124,13 +124,12 @@ def one_class(runs):
 
 def covariance(runs):
     """The covariance term of every stack over training; give a second run with a lower --nu to compare (S-JEA Figure 4)."""
-    return over_epochs(runs, "covariance term c(Z), unweighted",
-                       lambda row: {name.removeprefix("covariance").strip("_") or "0": value for name, value in row.items() if name.startswith("covariance")})
+    return over_epochs(runs, "covariance term c(Z) + c(Z'), unweighted", lambda row: {name: value for name, value in row.items() if name.startswith("covariance")})
 
 
 def accuracy(runs):
     """k-NN accuracy over training, all runs on one axis (C-JEPA's convergence figure)."""
-    return over_epochs(runs, "k-NN accuracy on test, %", lambda row: {level: 100 * value for level, value in row.get("knn", {}).items()})
+    return over_epochs(runs, "k-NN accuracy, %", lambda row: {f"level {level}": 100 * value for level, value in row.get("knn", {}).items()})
 
 
 def compare(runs):
@@ -140,12 +139,13 @@ def compare(runs):
 
 
 def over_epochs(runs, what, values):
+    """Curves over epochs of every run: values(row of its log) -> {name: value}."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for k, run in enumerate(runs):
         rows = [(row["epoch"], values(row)) for row in run.history if values(row)]
-        for j, level in enumerate(rows[0][1] if rows else ()):
-            axis.plot([epoch for epoch, _ in rows], [value[level] for _, value in rows], label=f"{run.name}: level {level}",
+        for j, name in enumerate(rows[0][1] if rows else ()):
+            axis.plot([epoch for epoch, _ in rows], [value[name] for _, value in rows], label=f"{run.name}: {name}",
                       color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j % 10], linestyle=["-", "--"][j % 2])
     if not axis.lines:
         return None
@@ -174,15 +174,18 @@ def views(runs):
 
 
 def spectrum(runs):
-    """Eigenvalues of the covariance of every level's features: a line that falls off a cliff is a collapse at a glance."""
+    """Eigenvalues of the covariance of every level's features: a line that falls off a cliff, or lies near 0, is a collapse at a glance.
+
+    (A JEPA's last eigenvalue is 0: its LayerNorm takes one direction away.)
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for k, run in enumerate(runs):
         for j, (level, z) in enumerate(run.features.items()):
-            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov().cpu()).flip(0).clamp(min=1e-12)    # .cpu(): mps has no eigvalsh
-            axis.plot(range(1, len(eigenvalues) + 1), (eigenvalues / eigenvalues.sum()).numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 4 * j) % 10],
+            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov().cpu()).flip(0).clamp(min=1e-6)    # .cpu(): mps has no eigvalsh
+            axis.plot(range(1, len(eigenvalues) + 1), eigenvalues.numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 4 * j) % 10],
                       label=f"{run.name}: level {level}, effective rank {common.effective_rank(z):.1f}")
-    axis.set(title="spectrum of the features' covariance", xlabel="eigenvalue, by size", ylabel="share of the variance", yscale="log", ylim=(1e-7, 1))
+    axis.set(title="spectrum of the features' covariance", xlabel="direction, by size", ylabel="variance along it", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
@@ -215,8 +218,7 @@ def masks(runs):
                 inside = torch.zeros(grid + 2, grid + 2)
                 inside[block // grid + 1, block % grid + 1] = 1
                 outline = inside.repeat_interleave(8, 0).repeat_interleave(8, 1)
-                extent = np.array([-1, grid + 1, grid + 1, -1]) * p - 0.5
-                axis.contour(outline.numpy(), [0.5], colors=COLOURS[6 - k % 4 * 2], linewidths=1.5, extent=extent[[0, 1, 3, 2]])
+                axis.contour(outline.numpy(), [0.5], colors=COLOURS[6 - k % 4 * 2], linewidths=1.5, extent=np.array([-1, grid + 1] * 2) * p - 0.5)
             axis.set(xlim=(-1, grid * p), ylim=(grid * p, -1))
     figure.suptitle(f"{run.name}: context (in colour) and targets (outlined) by --masking")
     return figure
@@ -241,15 +243,16 @@ def predictions(runs):
     for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):
         nearest = pixels[torch.cdist(s.flatten(0, 1), bank).argmin(1)]                      # [M Nt, 3 p p]
         image, seen, block, nearest = (t.cpu() for t in (image, seen, block, nearest))
-        shown = torch.full((grid * grid, 3 * p * p), 217.0)
-        shown[seen] = common.patches(image[None].float(), p)[0][seen]
+        real = common.patches(image[None].float(), p)[0]                                    # [N, 3 p p]
+        shown = torch.full_like(real, 217.0)
+        shown[seen] = real[seen]
         filled = shown.clone()
-        filled[block.flatten()] = nearest
-        for axis, patches in zip(column, (shown, filled, common.patches(image[None].float(), p)[0])):
+        filled[block.flatten()] = nearest      # where blocks overlap, one of the predictions
+        for axis, patches in zip(column, (shown, filled, real)):
             axis.imshow(patches.view(grid, grid, 3, p, p).permute(0, 3, 1, 4, 2).reshape(grid * p, grid * p, 3).numpy() / 255)
     for axis, name in zip(axes[:, 0], ("context", "+ predictions", "image")):
         axis.set_ylabel(name)
-    figure.suptitle(f"{run.name}: predicted features as the nearest real patches of 500 other images")
+    figure.suptitle(f"{run.name}: predicted features as the nearest real patches of {len(others)} other images")
     return figure
 
 
@@ -272,9 +275,9 @@ def attention(runs):
         weight = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))               # [8, N]: mean over heads and queries
         grid = math.isqrt(weight.shape[1])
         for axis, w in zip(row, weight):
-            axis.imshow(w.view(grid, grid).cpu().numpy(), cmap="viridis")
+            axis.imshow(w.view(grid, grid).cpu().numpy(), cmap="viridis", vmin=0)
         row[0].set_ylabel(run.name)
-    figure.suptitle("attention that each patch receives in the target encoder's last block")
+    figure.suptitle("attention that each patch receives in the target encoder's last block, each panel scaled to its own maximum")
     return figure
 
 
@@ -295,10 +298,9 @@ def explorer(run, count=1000):
         z = torch.nn.functional.normalize(features[:count].float(), dim=1)
         inside = np.zeros((len(z), 3))         # x, y and cluster within the class
         for c in y.unique():
-            chosen = (y == c).nonzero()[:, 0]
-            if len(chosen) >= 8:
-                inside[chosen, :2] = embed(features[chosen])
-                inside[chosen, 2] = KMeans(4, n_init=10, random_state=0).fit_predict(z[chosen].cpu())
+            chosen = np.flatnonzero(y == c)
+            inside[chosen, :2] = embed(features[chosen])
+            inside[chosen, 2] = KMeans(min(4, len(chosen)), n_init=10, random_state=0).fit_predict(z[chosen].cpu())
         nearest = (z @ z.T).fill_diagonal_(-2).topk(min(8, len(z) - 1)).indices
         levels[level] = {"all": embed(features[:count]).round(4).tolist(), "inside": inside.round(4).tolist(), "nearest": nearest.tolist()}
     data = {"title": f"{run.name}: {run.args.method} on {run.args.dataset}", "size": size, "columns": columns, "levels": levels, "colours": COLOURS,

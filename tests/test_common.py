@@ -2,6 +2,7 @@
 import argparse
 import colorsys
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -456,6 +457,21 @@ CIFAR100 = """
     crocodile dinosaur lizard snake turtle / hamster mouse rabbit shrew squirrel /
     maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pickup_truck train /
     lawn_mower rocket streetcar tank tractor"""
+
+
+def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def answer_garbage(root, **options):
+        raise http.client.BadStatusLine("garbage")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", answer_garbage)
+    args = types.SimpleNamespace(dataset="cifar10", data_dir=tmp_path / "new" / "data", image_size=32, holdout=False, device="cpu")
+    with pytest.raises(common.Unusable, match="no usable CIFAR10 in .* nor can it be downloaded: garbage"):
+        common.load_dataset(args)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "thesis").write_text("mine")
+    with pytest.raises(common.Unusable):
+        common.load_dataset(args)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["thesis"]
 
 
 def test_cifar100_carries_its_superclasses(tmp_path, monkeypatch):

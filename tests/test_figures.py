@@ -54,7 +54,7 @@ def lines(figure):
 def test_curves_show_the_log(runs):
     history = [json.loads(line) for line in (runs["sjea"].path.parent / "metrics.jsonl").read_text().splitlines()]
     for stack in ("0", "1"):
-        assert lines(figures.covariance([runs["sjea"]]))[f"sjea: level {stack}"] == ([1, 2], [row[f"covariance_{stack}"] for row in history])
+        assert lines(figures.covariance([runs["sjea"]]))[f"sjea: covariance_{stack}"] == ([1, 2], [row[f"covariance_{stack}"] for row in history])
         assert lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))[f"sjea: level {stack}"] == ([1, 2], [100 * row["knn"][stack] for row in history])
     assert set(lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))) == {"sjea: level 0", "sjea: level 1", "ijepa: level target", "ijepa: level context"}
 
@@ -89,7 +89,7 @@ def test_spectrum_is_that_of_the_covariance(runs):
     for level, z in runs["sjea"].features.items():
         expected = np.linalg.svd(z.double().numpy() - z.double().numpy().mean(0), compute_uv=False) ** 2
         label = next(label for label in drawn if f"level {level}," in label)
-        assert drawn[label][1][:len(expected)] == pytest.approx(list(expected / expected.sum()), abs=1e-4)
+        assert drawn[label][1][:len(expected)] == pytest.approx(list(expected / (len(z) - 1)), rel=1e-3, abs=1e-5)
 
 
 def test_tsne_colours_every_image_by_its_class(runs):
@@ -161,6 +161,7 @@ def test_few_images_are_drawn(runs, tmp_path):
         for figure in drawn:
             figures.FIGURES[figure]([run]).savefig(tmp_path / "figure.png")
         for level in page_data(run)["levels"].values():
+            assert np.abs(level["inside"]).sum(1).min() > 0                # each in the map of its class, not left in the corner
             assert [sorted([i, *near]) for i, near in enumerate(level["nearest"])] == [[0, 1, 2, 3, 4]] * 5
 
 
@@ -262,12 +263,10 @@ def test_the_page_holds_images_labels_and_neighbours(runs):
         for i in (3, 30):
             cosine = [(torch.dot(z[i], z[j]) / z[i].norm() / z[j].norm()).item() if j != i else -2 for j in range(len(z))]
             assert set(data["levels"][level]["nearest"][i]) == set(np.argsort(cosine)[-8:].tolist())
-    three = dataclasses.replace(run, labels={"shape": run.labels["shape"] % 3})                  # of 8 images and more, as a map of a class needs
-    levels = page_data(three)["levels"]
     for level, z in run.features.items():
-        for c in range(3):
-            chosen = (three.labels["shape"] == c).nonzero()[:, 0]
-            assert len(chosen) >= 8 and np.allclose(np.array(levels[level]["inside"])[chosen, :2], figures.embed(z[chosen]), atol=1e-4)
+        for c in range(10):
+            chosen = (run.labels["shape"] == c).nonzero()[:, 0]
+            assert np.allclose(np.array(data["levels"][level]["inside"])[chosen, :2], figures.embed(z[chosen]), atol=1e-4)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -119,7 +119,7 @@ def test_parameters_agree_across_processes(method, world, tmp_path):
     first, *others = (torch.load(out.with_suffix(f".{rank}.pt")) for rank in range(world))
     for other in others:
         assert all(torch.equal(p, q) for p, q in zip(first, other))
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "checkpoint-previous.pt", "config.json", "curves.png", "metrics.jsonl", "eval.json", f"{method}.py"}
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "checkpoint-previous.pt", "config.json", "curves.png", "metrics.jsonl", "eval.json", f"{method}-as-run.py"}
     assert [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 

@@ -142,8 +142,8 @@ def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
     for row in rows:
         assert row["loss"] == pytest.approx(25 * row["invariance"] + 25 * row["variance"] + 8 * row["covariance"], rel=1e-4)
     assert "knn" not in rows[0] and 0 <= rows[1]["knn"]["0"] <= 1
-    assert (out / "vicreg.py").read_bytes() == Path(vicreg.__file__).read_bytes()
-    assert {path.name for path in out.iterdir()} == {"config.json", "vicreg.py", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "curves.png", "eval.json"}
+    assert (out / "vicreg-as-run.py").read_bytes() == Path(vicreg.__file__).read_bytes()
+    assert {path.name for path in out.iterdir()} == {"config.json", "vicreg-as-run.py", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "curves.png", "eval.json"}
     assert json.loads((out / "config.json").read_text())["seed"] == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("raw pixels", "untrained 0", "linear top-1", "eval_linear.py"))
@@ -226,10 +226,10 @@ def test_a_finished_run_says_that_it_is_and_a_script_that_was_changed_is_named(t
     tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
     printed = capsys.readouterr().err
     assert f"all 1 epochs in {out} are done: nothing is trained" in printed and "is not what it was" not in printed
-    (out / "vicreg.py").write_text("loss = 0\n")
+    (out / "vicreg-as-run.py").write_text("loss = 0\n")
     tiny_run("vicreg", "--epochs", "1", "--resume", out=out)
-    assert f"warning: vicreg.py is not what it was when this run began: {out / 'vicreg.py'}" in capsys.readouterr().err
-    assert (out / "vicreg.py").read_text() == "loss = 0\n"
+    assert f"warning: vicreg.py is not what it was when this run began: {out / 'vicreg-as-run.py'}" in capsys.readouterr().err
+    assert (out / "vicreg-as-run.py").read_text() == "loss = 0\n"
 
 
 @pytest.mark.parametrize("minutes, saves", [("1", 8), ("10", 2)])
@@ -277,6 +277,17 @@ def test_a_log_without_its_checkpoint_is_not_overwritten(tiny_run):
     with pytest.raises(common.Unusable, match="already holds a run, or its log"):
         tiny_run("vicreg", "--epochs", "1", "--seed", "1", out=out)
     assert (out / "metrics.jsonl").read_text() == log
+
+
+def test_a_folder_of_other_things_keeps_them(tiny_run, tmp_path):
+    (tmp_path / "vicreg.py").write_text("homework")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(common.Unusable, match="--out: .*config.json is no run's"):
+        tiny_run("vicreg", "--epochs", "1", out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"vicreg.py", "config.json"}
+    (tmp_path / "config.json").write_text('{"method": "vicreg"}')         # of a run that ended before it saved
+    tiny_run("vicreg", "--epochs", "1", out=tmp_path)
+    assert (tmp_path / "vicreg.py").read_text() == "homework" and (tmp_path / "checkpoint.pt").exists()
 
 
 def test_resume_refuses_another_number_of_images(tiny_run, monkeypatch):
