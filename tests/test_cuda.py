@@ -1,11 +1,13 @@
-"""What only a CUDA GPU can show: pytest -m cuda. Everything here skips where there is none."""
+"""What only a CUDA GPU can show: pytest -m cuda, skipped where there is none. And, everywhere, a step on fake CUDA tensors."""
 import importlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -13,13 +15,51 @@ import common
 import eval_linear
 from test_processes import METHODS, run, small
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+def needs_cuda(test):
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")(test))
+
+
+@pytest.mark.parametrize("method, flags", [("vicreg", ["--optimizer", "lars"]), ("vicreg", ["--augmentation", "vicreg", "--image-size", "96"]), ("sjea", []), ("sjea", ["--base", "barlow-twins"]),
+                                           ("ijepa", ["--masking", "random", "--target", "pixels"]), ("cjepa", []), ("cjepa", ["--views", "target", "--optimizer", "adamw"])])
+def test_a_step_on_fake_cuda_tensors(method, flags, monkeypatch):
+    """They have a device and a shape, but no values: what is left on the CPU fails in the next operation, and so does reading a value, which would wait for the GPU."""
+    script, rand, cuda = importlib.import_module(method), torch.rand, torch.device("cuda")
+    args = script.arguments([*small(method, *flags), "--device", "cpu"])
+    args.device = "cuda"
+    if "jepa" in method:                       # masks are drawn on the CPU
+        shapes = [index.shape for index in script.draw_masks(args, args.batch_size, torch.Generator())]
+        monkeypatch.setattr(script, "draw_masks", lambda *rest: [torch.zeros(shape, dtype=torch.int64) for shape in shapes])
+    monkeypatch.setattr(torch, "rand", lambda *size, generator, device: rand(*size, device=device))
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: SimpleNamespace(tolist=lambda: list(range(n))))
+    generator = SimpleNamespace(device=cuda, initial_seed=lambda: 0, get_offset=lambda: 0)    # without CUDA there is no torch.Generator("cuda")
+    with torch.device("meta"):
+        model = eval_linear.build(args).train()
+    fake = FakeTensorMode()
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False)]:
+            setattr(module, name, nn.Parameter(FakeTensor(fake, p.data, cuda), p.requires_grad))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, FakeTensor(fake, buffer, cuda))
+    common.channels.cache_clear()
+    with fake:
+        optimizer, images = common.make_optimizer(model, args), torch.empty(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8, device=cuda)
+        loss, terms, embeddings = script.training_step(model, images, args, generator)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None      # a backward pass needs a GPU
+        optimizer.step()
+        if "jepa" in method:
+            script.update_target(model, args, 0.5)
+        features = model.representations(common.normalise(images.float() / 255))
+        assert {x.device.type for x in (loss, *terms.values(), *embeddings.values(), *features.values())} == {"cuda"}
+    common.channels.cache_clear()
 
 
 def on_cuda(method, *more):
     return importlib.import_module(method).arguments([*small(method, *more), "--device", "cuda"])
 
 
+@needs_cuda
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.05)])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_of_a_step_is_the_cpus(method, precision, tolerance, monkeypatch):
@@ -37,6 +77,7 @@ def test_the_loss_of_a_step_is_the_cpus(method, precision, tolerance, monkeypatc
     assert math.isclose(losses["cpu"], losses["cuda"], rel_tol=tolerance)
 
 
+@needs_cuda
 def test_augmentation_equals_the_cpus():
     """The same parameters, drawn on the CPU, applied on both."""
     images = common.make_shapes(64, 48, 3)[0]
@@ -46,12 +87,14 @@ def test_augmentation_equals_the_cpus():
     assert_close(common.apply_view(images.cuda(), there, 32).cpu(), common.apply_view(images, p, 32), rtol=0, atol=1e-4)
 
 
+@needs_cuda
 def test_the_order_of_colour_operations_varies():
     generator = torch.Generator("cuda").manual_seed(0)
     orders = {tuple(common.draw_view(common.View(), 8, 32, 32, generator)["order"]) for _ in range(60)}
     assert len(orders) > 15                    # of 24
 
 
+@needs_cuda
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_never_waits_for_the_device(method):
     args = on_cuda(method)
@@ -66,6 +109,7 @@ def test_a_step_never_waits_for_the_device(method):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_cuda
 @pytest.mark.parametrize("flags", ([], ["--compile"], ["--precision", "bf16"]))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_and_its_resumption(method, flags, tiny_run, tmp_path):
@@ -105,6 +149,7 @@ def normalised_step_with_gloo(method, folder):
     normalised_step(method, folder)
 
 
+@needs_cuda
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_with_synchronised_bn_are_those_of_one_process(method, tmp_path):
     for world in (1, 2):
