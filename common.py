@@ -1333,8 +1333,6 @@ def load_checkpoint(path, method=None):
             raise ValueError("its fields, its log or its weights are not as these scripts write them")
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
-    except MemoryError:
-        raise
     except Exception as error:                 # foreign bytes can make torch.load, and the checks, raise anything
         raise Unusable(f"{path}: its content is not a checkpoint of these scripts: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if method and state["method"] != method:

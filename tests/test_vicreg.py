@@ -134,7 +134,8 @@ def read_log(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
+def test_a_run_leaves_what_the_contract_names(tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vicreg.py", "--out", "my runs"])
     out = tiny_run("vicreg", "--epochs", "2", "--eval-every", "2")
     rows = read_log(out)
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -144,7 +145,8 @@ def test_a_run_leaves_what_the_contract_names(tiny_run, capsys):
     assert "knn" not in rows[0] and 0 <= rows[1]["knn"]["0"] <= 1
     assert (out / "vicreg-as-run.py").read_bytes() == Path(vicreg.__file__).read_bytes()
     assert {path.name for path in out.iterdir()} == {"config.json", "vicreg-as-run.py", "metrics.jsonl", "checkpoint.pt", "checkpoint-previous.pt", "curves.png", "eval.json"}
-    assert json.loads((out / "config.json").read_text())["seed"] == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["seed"] == 0 and config["command"] == "vicreg.py --out 'my runs'"
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("raw pixels", "untrained 0", "linear top-1", "eval_linear.py"))
 
