@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -1012,6 +1013,21 @@ def test_terms_that_change_end_the_run_and_leave_what_was_saved(byol, tiny_run, 
         with pytest.raises(common.RunFailed, match="terms of step 2 are later, minus_similarity, of those before minus_similarity"):
             tiny_run("byol", "--batch-size", "64", *resume, out=tmp_path / "run")
         assert len(common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
+
+
+def test_a_step_keeps_nothing_of_the_steps_before_the_last(byol, tiny_run, monkeypatch):
+    """Else the graph of one step, with its activations, would lie in memory to the end."""
+    step, seen, alive = byol.training_step, [], []
+
+    def watched(*args):
+        alive.append([term() is not None for term in seen[:-1]])
+        loss, terms, embeddings = step(*args)
+        seen.append(weakref.ref(terms["minus_similarity"]))
+        return loss, terms, embeddings
+
+    monkeypatch.setattr(byol, "training_step", watched)
+    tiny_run("byol", "--epochs", "1")
+    assert len(alive) == 4 and not any(itertools.chain(*alive))
 
 
 def test_images_that_are_not_bytes_are_refused(byol, tmp_path, monkeypatch):
