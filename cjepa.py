@@ -18,7 +18,7 @@ and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (
 This script was written from a review of the paper (which in one caption swaps I-JEPA's encoders); the coefficients are the paper's
 as others quote them. The review does not say what the "augmented views" are whose means are Z and Z'. Our choice: an image has one
 crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means
-of different blocks together. --views target is the other reading: mean prediction, mean target.
+of different blocks together (so, too, in machine-made notes on the paper, found later: README). --views target: mean prediction, mean target.
 """
 import copy
 import itertools

@@ -21,6 +21,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,11 @@ class RunFailed(RuntimeError):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: ...)" where the help does not say it itself."""
+    """Adds "(default: ...)" where the help does not say it itself; "off" for None."""
 
     def _get_help_string(self, action):
-        return action.help if "(default: " in action.help else super()._get_help_string(action)
+        text = action.help if "(default: " in action.help else super()._get_help_string(action)
+        return text.replace("%(default)s", "off") if action.default is None else text
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,6 +121,8 @@ def parse(parser, argv=None):
     args.precision = args.precision or ("bf16" if bf16_is_fast(args.device) else "fp32")
     args.image_size = args.image_size or DATASETS[args.dataset]
     args.out = args.out or f"runs/{args.method}-{args.dataset}"
+    if args.device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)           # it plans anew for every number of tokens, and masks have many
     if args.warmup_epochs > args.epochs:
         raise Unusable(f"argument --warmup-epochs: {args.warmup_epochs} is more than the {args.epochs} epochs of the run")
     check_writable(args.out, "argument --out")
@@ -851,11 +855,11 @@ def join_processes(device):
             raise Unusable("argument --device: processes of torchrun meet on cpu or cuda, not on mps")
         if device == "cuda":
             rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if rank >= gpus:
+            if max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > gpus:    # so that the first process, which alone prints, says so
                 raise Unusable(f"torchrun's --nproc_per_node: each process takes a GPU of its own, and this machine has {gpus}")
             torch.cuda.set_device(rank)
-        try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:                                   # two hours: one process may download or decode while others wait
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
         except ValueError as error:            # RANK is set, by a cluster say, and the rest is not
             raise Unusable(f"environment variable RANK: start several processes by torchrun, or unset it ({error})") from error
 
@@ -875,9 +879,9 @@ def gather(z):
     """[n / world, ...] of every process -> [n, ...], on all, in order; its gradient is exact where all processes compute the same loss from it."""
     if not dist.is_initialized():
         return z
-    rank, world = process()
-    parts = [torch.empty_like(z) for _ in range(world)]
-    dist.all_gather(parts, z.detach().contiguous())
+    (rank, world), sent = process(), z.detach().contiguous()
+    parts = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(parts, sent)
     if z.requires_grad:                        # in this process's own rows alone
         ## DistributedDataParallel takes the mean of the processes' gradients. Each comes through its process's share of the
         ## embeddings alone, so the mean would be 1 / world of the gradient that a single process computes.
@@ -897,7 +901,7 @@ def average(value):
 def from_first(value):
     """The first process's value, on all of them."""
     box = [value]
-    if dist.is_initialized():
+    if process()[1] > 1:                       # it waits for the device
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -1117,6 +1121,8 @@ def train(args, model, training_step, data, after_step=None):
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
                 if rank == 0:
                     print(f"stopped after step {step + 1} of {steps}; to go on: {again}", file=sys.stderr)
+                if world > 1:
+                    dist.destroy_process_group()          # together: one that left alone would cut the others off
                 sys.exit(128 + stop[0])
     return features
 
@@ -1234,6 +1240,9 @@ def restore(args, model, optimizer, images):
             names = {"velocity"} if isinstance(optimizer, LARS) else {"step", "exp_avg"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
             if optimizer.state[p].keys() != names or any(m.dtype != p.dtype or m.shape not in (p.shape, ()) for m in optimizer.state[p].values()):
                 raise ValueError("the optimizer's moments are not those of its weights")
+            for name, moment in optimizer.state[p].items():                # a fused step reads memory as it lies: mps lays maps out differently
+                if moment.ndim:
+                    optimizer.state[p][name] = torch.empty_like(p).copy_(moment)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise Unusable(f"{path}: its weights are not those of this model: {str(error).splitlines()[0]}") from error
     steps = len(next(iter(state["terms"].values()), ()))

@@ -6,7 +6,7 @@
     python eval_linear.py runs/sjea-shapes/checkpoint.pt --shots 1 5 20 --augmented 20 --fine-tune 20 --supervised 20
 
 The checkpoint says which method, encoder and dataset it belongs to. Projectors are left out: what is
-judged is each encoder's pooled map, frozen but for --fine-tune and --supervised (S-JEA section 4.1), and,
+judged is each encoder's pooled output, frozen (S-JEA section 4.1) but for --fine-tune and --supervised, and,
 where S-JEA has several stacks, all of them side by side. Two baselines stand beside it, raw pixels and the
 same encoder before training. Features are computed once, without augmentation; --augmented trains the linear
 layer as the papers do, on new crops and flips in every epoch. Writes eval.json beside the checkpoint.
@@ -39,7 +39,7 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
     Returns (top-1, top-5) accuracy in [0, 1] on test.
     """
     ## Published protocols train this layer with SGD or LARS on augmented images for 50 to 300 epochs. On fixed
-    ## features the objective is convex, and a quasi-Newton solver is at its optimum in seconds (on raw pixels only near it).
+    ## features the objective is convex, and a quasi-Newton solver is within tenths of a point of its optimum in seconds.
     x, x_test = standardised(features, test_features)
     y, y_test = labels.to(x.device), test_labels.to(x.device)
     classes = int(y.max()) + 1
@@ -60,8 +60,8 @@ def linear_probe(features, labels, test_features, test_labels, l2=1e-3):
 def standardised(features, test_features):
     """Both, shifted and scaled so that each dimension of features [N, D] has mean 0 and deviation 1; one that is constant there is 0 in both."""
     scale = features.std(0, correction=0) + 1e-6
-    scale[features.amax(0) == features.amin(0)] = torch.inf               # not by deviation == 0, which a rounding of the constant's mean spoils
-    return [(x - features.mean(0)) / scale for x in (features, test_features)]
+    scale[features.amax(0) == features.amin(0)] = torch.inf               # where the deviation may come out as 1e-9 instead of 0
+    return [(x - features.mean(0)).div_(scale) for x in (features, test_features)]
 
 
 def top1_top5(logits, y):
@@ -101,11 +101,11 @@ def within(features, test_features, y, y_test, sub, sub_test, k=80, temperature=
     rows = []
     for c in sorted(set(y.tolist()) & set(y_test.tolist())):
         train, test = (y == c).to(features.device), (y_test == c).to(features.device)
-        names, s = sub[y == c].unique(return_inverse=True)
-        s_test = torch.searchsorted(names, sub_test[y_test == c])
         x, x_test = features[train], test_features[test]
-        scores = judge(x, x_test, s, s_test, min(k, len(x) // len(names)), temperature)
-        clusters = KMeans(len(names), n_init=10, random_state=0).fit_predict(standardised(x, x_test)[1].cpu().numpy())
+        names, s = torch.cat([sub[y == c], sub_test[y_test == c]]).unique(return_inverse=True)
+        s, s_test = s.split([len(x), len(x_test)])
+        scores = judge(x, x_test, s, s_test, min(k, max(1, len(x) // len(names))), temperature)
+        clusters = KMeans(min(len(names), len(x_test)), n_init=10, random_state=0).fit_predict(standardised(x, x_test)[1].cpu().numpy())
         shuffled = np.random.default_rng(0).permuted(np.tile(clusters, (20, 1)), axis=1)
         rows.append({"linear_top1": scores["linear_top1"], "knn_top1": scores["knn_top1"],
                      "chance_top1": s_test.bincount().max().item() / len(s_test),
@@ -121,7 +121,8 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     """A linear layer on each level, trained on new crops and flips. Returns {level: (top-1, top-5)} on test.
 
     frozen: the encoder stays as it is (the papers' linear protocol); otherwise it is trained too (fine-tuning, or
-    from scratch). Each layer reads features standardised by a BN without parameters. Accuracies are in [0, 1].
+    from scratch). Each layer reads features standardised by a BN without parameters: by the mean of all batches' statistics
+    where the encoder is frozen, by their moving average where it changes. Accuracies are in [0, 1].
     """
     x, y = data.train_images, data.train_labels[label].to(args.device)
     with torch.no_grad():
@@ -137,10 +138,11 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
         model.stop_gradient = False            # of sjea.py --stop-gradient: the label's loss is to reach every stack
         optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr, weight_decay=0.05)
     batch = min(128, len(x))
-    per_epoch = len(x) // batch
-    steps = epochs * per_epoch
+    per_epoch, steps = len(x) // batch, epochs * (len(x) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: common.learning_rate(step, steps, steps // 10, 1.0))
-    view, generator = common.View((0.3, 1.0), p_jitter=0.0, p_grey=0.0), torch.Generator(args.device).manual_seed(args.seed)
+    whole = label in ("pose", "distance")      # labels of shapes that a flip, or a crop's zoom, would make wrong
+    view = common.View((1.0 if whole else 0.3, 1.0), p_flip=0.0 if whole else 0.5, p_jitter=0.0, p_grey=0.0)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     for _ in trange(epochs, desc="epochs", leave=False):
         model.train(not frozen)
         batches = torch.randperm(len(x), generator=generator, device=args.device)[:per_epoch * batch].split(batch)
@@ -164,7 +166,7 @@ def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
     add("checkpoint", type=Path, help="checkpoint.pt of a run")
-    add("--labels", nargs="+", help="which labels of the dataset to read out (default: its first)")
+    add("--labels", nargs="+", help="which labels of the dataset to read out; the protocols below use the first (default: the dataset's first)")
     add("--within", nargs="+", metavar=("CLASS", "SUB"), help="how well the labels SUB are told apart inside each class of the label CLASS")
     add("--shots", nargs="+", type=number(float, 1e-6), help="few-shot: labelled images per class, or below 1 the share of each class; 5 draws")
     add("--augmented", type=number(int, 1), metavar="EPOCHS", help="the papers' linear protocol: SGD on new crops and flips for so many epochs")
@@ -180,7 +182,7 @@ def arguments(argv=None):
 # ---- main -----------------------------------------------------------------------------------
 
 def load(path, device="auto", data_dir=None):
-    """A checkpoint's (model, args) on `device`, the model in evaluation mode. Raises Unusable."""
+    """A checkpoint's (model, args) on `device`, the model in evaluation mode. Seeds torch's generator. Raises Unusable."""
     common.join_processes(common.pick_device(device))
     state = common.from_first(common.load_checkpoint(path) if common.process()[0] == 0 else None)    # the others may be on other machines
     if state["method"] not in MODELS:
@@ -200,14 +202,11 @@ def load(path, device="auto", data_dir=None):
         if config[name] != getattr(args, name):
             raise common.Unusable(f"{path}: its config holds a value that its script does not take: {name} is {config[name]}")
     with torch.device("meta"):                 # no memory for the sizes that the config declares until the weights prove to have them
-        expected = {name: value.shape for name, value in build(args).state_dict().items()}
-    if expected != {name: value.shape for name, value in state["model"].items()}:
+        expected = {name: (value.shape, value.dtype) for name, value in build(args).state_dict().items()}
+    if expected != {name: (value.shape, value.dtype) for name, value in state["model"].items()}:
         raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py builds it now; judge it with the code of its run")
     model = untrained(args)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise common.Unusable(f"{path}: its weights are not those of the encoder it names: {str(error).splitlines()[0]}") from error
+    model.load_state_dict(state["model"])
     return model, args
 
 
@@ -216,10 +215,8 @@ def flags(config):
     argv = []
     for name, value in {**config, "method": None}.items():                # the script knows its method
         flag = "--" + name.replace("_", "-").strip("-")
-        if isinstance(value, list) and name == "projector":
-            value = "-".join(map(str, value))
         if isinstance(value, list):
-            argv += [flag, *map(str, value)]
+            argv += [flag, "-".join(map(str, value))] if name == "projector" else [flag, *map(str, value)]
         elif value is not None and value is not False:
             argv.append(flag if value is True else f"{flag}={value}")
     return argv
@@ -235,9 +232,14 @@ def untrained(args):
     return build(args).to(args.device, memory_format=common.memory_format(args.device)).eval()
 
 
-def main(argv=None, data=None, features=None):
-    """Judge the checkpoint that argv names; data and features: its dataset and what common.train returned, where the caller has them."""
+def main(argv=None, data=None, extracted=None):
+    """Judge the checkpoint that argv names; data and extracted: its dataset and what common.train returned, where the caller has them."""
     options = arguments(argv)
+    for shots in options.shots or ():
+        if shots > 1 and shots != int(shots):
+            raise common.Unusable(f"argument --shots: {shots:g} is neither a number of images nor a share below 1")
+    if options.within and len(options.within) < 2:
+        raise common.Unusable(f"argument --within: {options.within[0]} is the class; name one label or more to be told apart inside it")
     model, args = load(options.checkpoint, options.device, options.data_dir)
     common.check_writable(options.checkpoint.parent, "eval.json goes beside the checkpoint")
     for flag in ("augmented", "fine_tune", "supervised"):
@@ -246,27 +248,27 @@ def main(argv=None, data=None, features=None):
     ## A checkpoint from a stranger must not decide where a download goes.
     data = data or common.load_dataset(args, download=options.data_dir is not None)
     labels = options.labels or list(data.train_labels)[:1]
-    for flag, names in (("--labels", labels), ("--within", options.within or ())):
-        for name in names:
-            if name not in data.train_labels:
-                raise common.Unusable(f"argument {flag}: {args.dataset} has no label {name}; it has {', '.join(data.train_labels)}")
-    for shots in options.shots or ():
-        if shots > 1 and shots != int(shots):
-            raise common.Unusable(f"argument --shots: {shots:g} is neither a number of images nor a share below 1")
-    if options.within and len(options.within) < 2:
-        raise common.Unusable(f"argument --within: {options.within[0]} is the class; name one label or more to be told apart inside it")
+    for flag, name in [("--labels", name) for name in labels] + [("--within", name) for name in options.within or ()]:
+        if name not in data.train_labels:
+            raise common.Unusable(f"argument {flag}: {args.dataset} has no label {name}; it has {', '.join(data.train_labels)}")
+    if len(data.train_images) < 2:
+        raise common.Unusable("argument --data-dir: there are fewer than two images to train on")
+    fewest = data.train_labels[labels[0]].unique(return_counts=True)[1].min().item()
+    if max(options.shots or [0]) > fewest:
+        raise common.Unusable(f"argument --shots: a class has only {fewest} training images")
 
-    parts = (data.train_images, data.test_images)
-    train, test = features or [common.extract(model, x, args) for x in parts]
+    parts, start = (data.train_images, data.test_images), untrained(args)
+    train, test = extracted or [common.extract(model, x, args) for x in parts]
     features, levels = {level: [train[level], test[level]] for level in train}, list(train)
-    if args.method == "sjea" and len(levels) > 1:
+    stacked = levels[0] == "0"                 # VICReg's and S-JEA's levels are numbers, a JEPA's names
+    if stacked and len(levels) > 1:
         features["+".join(levels)] = [torch.cat(part, dim=1) for part in zip(*(features[level] for level in levels))]
     own = list(features)
-    train, test = (common.extract(untrained(args), x, args) for x in parts)
+    train, test = (common.extract(start, x, args) for x in parts)
     features |= {f"untrained {level}": [train[level], test[level]] for level in train}
     small = min(32, args.image_size)           # raw pixels of larger images fit neither a memory nor a classifier
-    features["raw pixels"] = [torch.cat([common.resize(batch, small).flatten(1).float() / 255       # [N, 3 * small * small]
-                                         for batch in common.load_batches(x, torch.arange(len(x), device=x.device).split(500), args.device)]) for x in parts]
+    features["raw pixels"] = [torch.cat([common.resize(batch, small).flatten(1)                      # [N, 3 * small * small]
+                                         for batch in common.load_batches(x, torch.arange(len(x), device=x.device).split(500), args.device)]).float().div_(255) for x in parts]
 
     split = f"{len(data.test_images)} {'held-out' if args.holdout else 'test'} images"
     y = {label: (data.train_labels[label], data.test_labels[label]) for label in data.train_labels}
@@ -275,7 +277,7 @@ def main(argv=None, data=None, features=None):
         scores[label] = {name: judge(*pair, *y[label], options.k, options.temperature) for name, pair in features.items()}
         table(f"{args.method} on {args.dataset}: {label}, {split}", ("linear top-1 %", "top-5 %", "k-NN %"), scores[label])
     first = scores[labels[0]]
-    result = {"method": args.method, "dataset": args.dataset, "label": labels[0], "levels": {level: first[level] for level in own},
+    result = {"method": args.method, "dataset": args.dataset, "judged_on": split, "k": options.k, "temperature": options.temperature, "label": labels[0], "levels": {level: first[level] for level in own},
               "baselines": {name: first[name] for name in features if name not in own}, "labels": scores}
 
     for shots in options.shots or ():
@@ -285,16 +287,17 @@ def main(argv=None, data=None, features=None):
     for sub in (options.within or ())[1:]:
         result.setdefault("within", {})[sub] = {level: within(*pair, *y[options.within[0]], *y[sub], options.k, options.temperature) for level, pair in features.items()}
         table(f"{sub} inside each {options.within[0]}", ("linear top-1 %", "k-NN %", "largest share %", "NMI %", "NMI, chance %", "Rand %"), result["within"][sub])
-    for name, epochs, lr, start in (("augmented", options.augmented, 0.1, model), ("fine_tune", options.fine_tune, 1e-3, model),
-                                    ("supervised", options.supervised, 1e-3, None)):
-        if epochs:                             # augmented: every level at once; the others: one level, S-JEA's last stack or a JEPA's target
-            chosen = levels if name == "augmented" else levels[-1:] if args.method == "sjea" else levels[:1]
-            top = train_classifier(start or untrained(args), chosen, data, labels[0], args, epochs, lr, frozen=name == "augmented")
+    one = levels[-1:] if stacked else levels[:1]    # S-JEA's last stack, a JEPA's target
+    for name, epochs, network, chosen, lr in (("augmented", options.augmented, model, levels, 0.1), ("fine_tune", options.fine_tune, model, one, 1e-3),
+                                              ("supervised", options.supervised, start, one, 1e-3)):
+        if epochs:
+            top = train_classifier(network, chosen, data, labels[0], args, epochs, lr, frozen=name == "augmented")
             result[name] = {"epochs": epochs, "levels": {level: {"top1": top1, "top5": top5} for level, (top1, top5) in top.items()}}
             table(f"{labels[0]}, {name.replace('_', '-')}, {epochs} epochs", ("top-1 %", "top-5 %"), result[name]["levels"])
     common.write(options.checkpoint.with_name("eval.json"), lambda file: file.write(json.dumps(result, indent=2).encode()))
     if data.train_labels.keys() > set(labels):
-        print(f"\nTo read out more: {shlex.join(['python', 'eval_linear.py', str(options.checkpoint), '--labels', *data.train_labels])}")
+        where = ["--data-dir", options.data_dir] if options.data_dir else []
+        print(f"\nTo read out more: {shlex.join(['python', 'eval_linear.py', str(options.checkpoint), *where, '--labels', *data.train_labels])}")
 
 
 def table(title, columns, rows):

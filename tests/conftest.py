@@ -1,5 +1,6 @@
 """Fixtures for all test files: a tiny `shapes`, and whole runs of a method's script on it."""
 import importlib
+import os
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import common
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA GPU; skipped where there is none")
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU; skipped unless pytest -m cuda finds one")
+    if config.getoption("markexpr") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""                            # the other tests compare with tensors on the CPU
 
 
 def tiny_shapes(args, n=128, n_test=64):

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: pytest -m cuda, skipped where there is none. And, everywhere, a step on fake CUDA tensors."""
+"""What only a CUDA GPU can show: pytest -m cuda, skipped where there is none. And, everywhere, a bf16 step on fake CUDA tensors."""
 import importlib
 import json
 import math
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import common
+import conftest
 import eval_linear
 from test_processes import METHODS, run, small
 
@@ -23,7 +24,9 @@ def needs_cuda(test):
 @pytest.mark.parametrize("method, flags", [("vicreg", ["--optimizer", "lars"]), ("vicreg", ["--augmentation", "vicreg", "--image-size", "96"]), ("sjea", []), ("sjea", ["--base", "barlow-twins"]),
                                            ("ijepa", ["--masking", "random", "--target", "pixels"]), ("cjepa", []), ("cjepa", ["--views", "target", "--optimizer", "adamw"])])
 def test_a_step_on_fake_cuda_tensors(method, flags, monkeypatch):
-    """They have a device and a shape, but no values: what is left on the CPU fails in the next operation, and so does reading a value, which would wait for the GPU."""
+    """They have a device, a type and a shape, but no values: what is left on the CPU fails in the next operation, and so does reading a value, which would wait for the GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     script, rand, cuda = importlib.import_module(method), torch.rand, torch.device("cuda")
     args = script.arguments([*small(method, *flags), "--device", "cpu"])
     args.device = "cuda"
@@ -44,14 +47,16 @@ def test_a_step_on_fake_cuda_tensors(method, flags, monkeypatch):
     common.channels.cache_clear()
     with fake:
         optimizer, images = common.make_optimizer(model, args), torch.empty(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8, device=cuda)
-        loss, terms, embeddings = script.training_step(model, images, args, generator)
-        for p in model.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None      # a backward pass needs a GPU
-        optimizer.step()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, terms, embeddings = script.training_step(model, images, args, generator)
+            for p in model.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None  # a backward pass needs a GPU
+            optimizer.step()
         if "jepa" in method:
             script.update_target(model, args, 0.5)
         features = model.representations(common.normalise(images.float() / 255))
         assert {x.device.type for x in (loss, *terms.values(), *embeddings.values(), *features.values())} == {"cuda"}
+        assert {x.dtype for x in (loss, *terms.values(), *(m for state in optimizer.state.values() for m in state.values()))} == {torch.float32}
     common.channels.cache_clear()
 
 
@@ -60,7 +65,7 @@ def on_cuda(method, *more):
 
 
 @needs_cuda
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.05)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.01)])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_of_a_step_is_the_cpus(method, precision, tolerance, monkeypatch):
     """The same views and masks on both: channels-last, autocast and the fused attention change no more than rounding."""
@@ -119,7 +124,22 @@ def test_a_run_and_its_resumption(method, flags, tiny_run, tmp_path):
     halves = tiny_run(method, *flags, stop_after=1)
     tiny_run(method, *flags, "--resume", out=halves)
     a, b = ([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (whole, halves))
-    assert_close(a, b, rtol=1e-2, atol=1e-3)   # some CUDA kernels add in no fixed order
+    assert_close(a, b, rtol=5e-4, atol=1e-5)   # some CUDA kernels add in no fixed order; without the optimizer's moments they differ by more
+
+
+def run_on_cuda(method, out, *more):
+    common.load_shapes = conftest.tiny_shapes
+    importlib.import_module(method).main([*small(method, "--batch-size", "32", "--epochs", "2", *more), "--device", "cuda", "--out", str(out)])
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_through_nccl_is_a_run_without(method, tmp_path):
+    """One GPU holds one of torchrun's processes: that it gathers from itself, and what it says to the others, goes through NCCL."""
+    run_on_cuda(method, tmp_path / "alone")
+    assert run(run_on_cuda, 1, method, tmp_path / "nccl") == [0]
+    a, b = ([json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()] for out in ("alone", "nccl"))
+    assert_close(a, b, rtol=5e-4, atol=1e-5)
 
 
 def normalised_step(method, folder):
@@ -134,8 +154,8 @@ def normalised_step(method, folder):
     if world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.cuda()
-    normalise = common.normalise
-    common.normalise = lambda x: normalise(x).double()
+    noise = torch.Generator().manual_seed(1)   # views whose bits do not depend on how many images a process has
+    common.augment = lambda x, *rest: common.normalise(x.double() / 255) + 0.1 * common.share(torch.randn(64, 3, 32, 32, generator=noise, dtype=torch.float64)).cuda()
     images = common.share(common.make_shapes(64, 32, 3)[0]).cuda()
     forward = DistributedDataParallel(model) if world > 1 else model
     loss = importlib.import_module(method).training_step(forward, images, args, torch.Generator("cuda").manual_seed(5))[0]

@@ -3,6 +3,8 @@ import copy
 import json
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,14 @@ def test_within_votes_as_it_is_told_and_leaves_out_a_class_without_test_images()
     assert scores[1] != scores[80]
 
 
+def test_within_knows_a_sub_category_that_train_lacks():
+    """No prediction of it can be right, and it counts as one of its own."""
+    x, sub = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1]]), torch.tensor([2, 2, 5, 5])
+    y, y_test = torch.zeros(4, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    scores = eval_linear.within(x, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), y, y_test, sub, torch.tensor([3, 2]))      # 3 looks like 5; fewer images than sub-categories
+    assert scores["linear_top1"] == scores["knn_top1"] == scores["chance_top1"] == 0.5
+
+
 def test_a_checkpoint_in_a_read_only_folder_is_loaded_and_not_judged(tiny_run, monkeypatch, capsys):
     """One's own code reads it; what writes beside it says so before it computes."""
     import figures
@@ -202,6 +212,21 @@ def test_the_command_printed_at_the_end_reads_out_all_labels(tiny_run, tmp_path,
     assert (program, script) == ("python", "eval_linear.py")
     assert list(json.loads((out / "eval.json").read_text())["labels"]) == list(conftest.tiny_shapes(eval_linear.load(out / "checkpoint.pt")[1]).train_labels)
     assert "To read out more" not in capsys.readouterr().out               # nothing is left
+    eval_linear.main([flags[0], "--data-dir", "some where"])
+    assert shlex.split(re.search("To read out more: (.+)", capsys.readouterr().out)[1])[2:5] == [flags[0], "--data-dir", "some where"]
+
+
+def test_a_copy_of_sjea_by_another_name_is_judged_as_sjea_is(tiny_run, monkeypatch):
+    """Its stacks side by side, and its last stack fine-tuned."""
+    copied = types.ModuleType("mine")
+    exec((Path(eval_linear.__file__).parent / "sjea.py").read_text().replace('method="sjea"', 'method="mine"'), copied.__dict__)
+    monkeypatch.setitem(sys.modules, "mine", copied)
+    monkeypatch.setitem(eval_linear.MODELS, "mine", "SJEA")
+    out = tiny_run("mine", "--epochs", "1")
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
+    eval_linear.main([str(out / "checkpoint.pt"), "--fine-tune", "1"])
+    result = json.loads((out / "eval.json").read_text())
+    assert list(result["levels"]) == ["0", "1", "0+1"] and list(result["fine_tune"]["levels"]) == ["1"]
 
 
 # ---- protocols that train ----
@@ -279,6 +304,16 @@ def test_ten_steps_in_all_have_a_warm_up_of_one(checkpoint, monkeypatch):
     assert views == 10 * [common.View((0.3, 1.0), p_flip=0.5, p_jitter=0.0, p_grey=0.0)]
 
 
+@pytest.mark.parametrize("label, changed", [("shape", True), ("pose", False), ("distance", False)])
+def test_no_flip_or_crop_changes_the_label_that_is_learned(label, changed, checkpoint, monkeypatch):
+    """A mirrored arrow has another pose, a magnified one another distance: images of these labels stay as they are."""
+    model, args = eval_linear.load(checkpoint)
+    seen, augment = [], common.augment
+    monkeypatch.setattr(common, "augment", lambda x, *rest: seen.append((x, augment(x, *rest))) or seen[-1][1])
+    eval_linear.train_classifier(model, ["0"], common.load_dataset(args), label, args, 1, 0.1, frozen=True)
+    assert len(seen) == 1 and all(torch.allclose(view, common.normalise(x / 255), atol=1e-5) != changed for x, view in seen)
+
+
 def test_one_image_per_class_or_in_all(checkpoint):
     """A class with one training image, and a training set of one: the sub-category or class it has is always told."""
     x, x_test = torch.randn(9, 4), torch.randn(6, 4)
@@ -288,6 +323,14 @@ def test_one_image_per_class_or_in_all(checkpoint):
     assert eval_linear.few_shot(x[:8], x_test[:5], y[:8], y_test[:5], 1) == {"mean": 1, "std": 0}
     with pytest.raises(common.Unusable, match="--shots: 1.5 is neither"):
         eval_linear.main([str(checkpoint), "--shots", "1.5"])
+    with pytest.raises(common.Unusable, match="--shots: a class has only 12 training images"):
+        eval_linear.main([str(checkpoint), "--shots", "12", "13"])
+
+
+def test_two_training_images_are_needed(checkpoint, monkeypatch):
+    monkeypatch.setattr(common, "load_shapes", lambda args: conftest.tiny_shapes(args, 1, 64))
+    with pytest.raises(common.Unusable, match="--data-dir: there are fewer than two images to train on"):
+        eval_linear.main([str(checkpoint)])
 
 
 def test_fine_tuning_trains_every_stack(tiny_run, monkeypatch):
@@ -320,6 +363,7 @@ def test_every_protocol_by_flag(checkpoint, capsys, monkeypatch):
                       "--k", "1", "--temperature", "0.05"])
     assert set(asked) == {(1, 0.05)}
     result, printed = json.loads((checkpoint.parent / "eval.json").read_text()), capsys.readouterr().out
+    assert (result["judged_on"], result["k"], result["temperature"]) == ("64 test images", 1, 0.05)
     assert set(result["few_shot"]) == {"2 per class", "10 % of each class"} and set(result["within"]) == {"style"}
     assert all(0 <= result[name]["levels"]["0"]["top1"] <= result[name]["levels"]["0"]["top5"] <= 1 for name in ("augmented", "fine_tune", "supervised"))
     for words in ("from 2 per class", "style inside each shape", "augmented, 1 epochs", "fine-tune, 1 epochs", "supervised, 1 epochs"):

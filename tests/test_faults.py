@@ -114,6 +114,18 @@ def test_a_run_killed_at_random_moments_equals_an_undisturbed_one(method, undist
         print(f"{method}: resumed to the end, equal to the undisturbed run")
 
 
+def test_moments_in_another_layout_are_those_of_the_same_weights(tmp_path):
+    """As an mps device writes them. A fused step reads memory as it lies."""
+    whole, cut = (flags("vicreg", tmp_path / name, "--optimizer", "adamw") for name in ("whole", "cut"))
+    assert run("vicreg", whole)[0] == 0 and run("vicreg", cut, Send(12, signal.SIGTERM))[0] == 143
+    state = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    for moments in state["optimizer"]["state"].values():
+        moments.update({name: moment.contiguous() for name, moment in moments.items()})
+    torch.save(state, tmp_path / "cut" / "checkpoint.pt")
+    assert run("vicreg", [*cut, "--resume"])[0] == 0
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
 def saved(out):
     """When the checkpoint was written; None where there is none, as between the two renames of a save."""
     try:
@@ -463,6 +475,15 @@ def test_a_jepa_of_a_forged_image_size_is_refused(undisturbed, tmp_path):
     """Its weights fit any number of patches; their positions, which would take the memory, are in the checkpoint, too."""
     state = torch.load(undisturbed("cjepa") / "checkpoint.pt", weights_only=True)
     state["config"]["image_size"] = 1024
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.Unusable, match="its weights are not those of the encoder it names"):
+        eval_linear.load(tmp_path / "checkpoint.pt")
+
+
+def test_a_checkpoint_of_weights_of_another_type_is_not_judged(undisturbed, tmp_path):
+    """As small integers the weights have the right shapes and nearly no values."""
+    state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
+    state["model"] = {name: value.to(torch.int8) for name, value in state["model"].items()}
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(common.Unusable, match="its weights are not those of the encoder it names"):
         eval_linear.load(tmp_path / "checkpoint.pt")

@@ -102,10 +102,11 @@ def script(method, argv):
     train = common.train
 
     def training(args, model, *rest):
+        rank = common.process()[0]
         try:
             train(args, model, *rest)
         finally:
-            torch.save([p.detach() for p in model.parameters()], Path(args.out).with_suffix(f".{common.process()[0]}.pt"))
+            torch.save([p.detach() for p in model.parameters()], Path(args.out).with_suffix(f".{rank}.pt"))
     common.train = training
     torch.distributed.destroy_process_group = lambda: destroy()
     common.command_line(load.main)
@@ -292,9 +293,12 @@ def test_a_checkpoint_is_read_by_the_first_process_alone(tiny_run, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")))
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+@pytest.mark.parametrize("rank", ("0", "1"))
+def test_more_processes_than_gpus_are_refused(rank, monkeypatch):
+    """By each of them: the first alone is heard."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(common.Unusable, match="nproc_per_node: each process takes a GPU of its own, and this machine has 1"):
         common.join_processes("cuda")
