@@ -277,7 +277,8 @@ def main(argv=None, data=None, extracted=None):
         scores[label] = {name: judge(*pair, *y[label], options.k, options.temperature) for name, pair in features.items()}
         table(f"{args.method} on {args.dataset}: {label}, {split}", ("linear top-1 %", "top-5 %", "k-NN %"), scores[label])
     first = scores[labels[0]]
-    result = {"method": args.method, "dataset": args.dataset, "judged_on": split, "k": options.k, "temperature": options.temperature, "label": labels[0], "levels": {level: first[level] for level in own},
+    result = {"method": args.method, "dataset": args.dataset, "judged_on": split, "k": options.k, "temperature": options.temperature,
+              "label": labels[0], "levels": {level: first[level] for level in own},
               "baselines": {name: first[name] for name in features if name not in own}, "labels": scores}
 
     for shots in options.shots or ():

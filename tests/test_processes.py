@@ -323,7 +323,7 @@ def test_a_judge_on_the_cpu_joins_by_gloo_where_there_is_a_gpu(tiny_run, monkeyp
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     for module, name, value in ((torch.cuda, "is_available", lambda: True), (torch.cuda, "device_count", lambda: 1), (torch.cuda, "set_device", lambda rank: None),
-                                (torch.cuda, "is_bf16_supported", lambda **options: False), (common.dist, "init_process_group", joined.append),
+                                (torch.cuda, "is_bf16_supported", lambda **options: False), (common.dist, "init_process_group", lambda backend, **_: joined.append(backend)),
                                 (common.dist, "is_initialized", lambda: bool(joined)), (common.dist, "get_rank", lambda: 0),
                                 (common.dist, "get_world_size", lambda: 1), (common.dist, "broadcast_object_list", lambda box: None)):
         monkeypatch.setattr(module, name, value)
