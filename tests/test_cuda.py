@@ -134,8 +134,9 @@ def run_on_cuda(method, out, *more):
 
 @needs_cuda
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_through_nccl_is_a_run_without(method, tmp_path):
-    """One GPU holds one of torchrun's processes: that it gathers from itself, and what it says to the others, goes through NCCL."""
+def test_a_run_through_nccl_is_a_run_without(method, tmp_path, monkeypatch):
+    """One GPU holds one of torchrun's processes: what it gathers from itself goes through NCCL."""
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)       # which run_on_cuda does, too, for its process: here it is undone
     run_on_cuda(method, tmp_path / "alone")
     assert run(run_on_cuda, 1, method, tmp_path / "nccl") == [0]
     a, b = ([json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()] for out in ("alone", "nccl"))
