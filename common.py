@@ -173,6 +173,7 @@ def keep_memory():
 def command_line(main):
     """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
     keep_memory()
+    torch.set_flush_denormal(True)             # momentum that has faded below 1e-38 is 0: an Intel CPU computes with such numbers many times slower
     if main.__module__ == "__main__":          # so that eval_linear.py judges by this script, not by what its file may be by then
         sys.modules[Path(sys.argv[0]).stem] = sys.modules["__main__"]
     if int(os.environ.get("RANK", 0)) > 0:     # of torchrun's processes the first alone prints
