@@ -1362,12 +1362,13 @@ def write_log(history, out):
 def draw_curves(logs):
     """{name of a run: its log} as five plots over epochs: loss and its terms (in tenths of an epoch), effective rank and spread of what is watched for collapse, k-NN accuracy.
 
-    A curve has one colour in all runs, a run one style of line.
+    A curve has one colour in all runs, a run one style of line (from the fifth on with another marker).
     """
     figure = Figure(figsize=(22, 4), layout="constrained")
     axes = figure.subplots(1, 5)
-    for (run, history), line in zip(logs.items(), itertools.cycle(("-", "--", ":", "-."))):
-        draw = lambda axis, k, name, points: axis.plot(*zip(*points), line, color=f"C{k % 10}", marker=".", label=f"{run} {name}".strip())
+    styles = itertools.cycle(marker + line for marker in ".x+s" for line in ("-", "--", ":", "-."))
+    for (run, history), style in zip(logs.items(), styles):
+        draw = lambda axis, k, name, points: axis.plot(*zip(*points), style, color=f"C{k % 10}", label=f"{run} {name}".strip())
         terms = [name for name in history[0] if name not in LOGGED | OPTIONAL]
         for k, name in enumerate(["loss", *terms]):
             parts = [(row["epoch"] - 1, row.get("curve", {}).get(name) or [row[name]]) for row in history]

@@ -246,7 +246,7 @@ def main(argv=None, data=None, extracted=None):
         if getattr(options, flag) and common.process()[1] > 1:
             raise common.Unusable(f"argument --{flag.replace('_', '-')}: trains in one process; run it without torchrun")
     ## A checkpoint from a stranger must not decide where a download goes.
-    data = data or common.load_dataset(args, download=options.data_dir is not None)
+    data = data or common.load_dataset(args, download=bool(options.data_dir))
     labels = options.labels or list(data.train_labels)[:1]
     for flag, name in [("--labels", name) for name in labels] + [("--within", name) for name in options.within or ()]:
         if name not in data.train_labels:

@@ -52,7 +52,7 @@ def load_run(path, options, shared=None):
     if shared and all(getattr(args, name) == getattr(shared.args, name) for name in same):
         images, labels = shared.images, shared.labels
     else:
-        data = common.load_dataset(args, download=options.data_dir is not None)
+        data = common.load_dataset(args, download=bool(options.data_dir))
         chosen = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:options.images]
         images = torch.cat([*common.load_batches(data.test_images, chosen.split(500), args.device)])
         labels = {name: y[chosen] for name, y in data.test_labels.items()}
@@ -100,11 +100,11 @@ def tsne(runs):
         for c in y.unique().tolist():
             axis.scatter(*points[y == c].T, s=9, label=f"{c}", **style(c))
         axis.set(title=f"{run.name}: level {level}, t-SNE by {label}")
-    styles = axes[0, -1].get_legend_handles_labels()
-    if len(styles[0]) <= 100:                  # beyond, they repeat
-        ncols = -(-len(styles[0]) // 20)
+    classes = {int(c): handle for axis in axes.flat for handle, c in zip(*axis.get_legend_handles_labels())}
+    if len(classes) <= 100:                    # beyond, their styles repeat
+        ncols, title = -(-len(classes) // 20), " / ".join(dict.fromkeys(next(iter(run.labels)) for run in runs))
         figure.set_figwidth(figure.get_figwidth() + 0.6 * ncols)
-        figure.legend(*styles, title=label, loc="outside right center", ncols=ncols, markerscale=2)
+        figure.legend([classes[c] for c in sorted(classes)], sorted(classes), title=title, loc="outside right center", ncols=ncols, markerscale=2)
     return figure
 
 
@@ -146,7 +146,7 @@ def over_epochs(runs, what, values):
         rows = [(row["epoch"], values(row)) for row in run.history if values(row)]
         for j, name in enumerate(rows[0][1] if rows else ()):
             axis.plot([epoch for epoch, _ in rows], [value[name] for _, value in rows], label=f"{run.name}: {name}",
-                      color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j % 10], linestyle=["-", "--"][j % 2])
+                      color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j % 10], linestyle=["-", "--", ":", "-."][(j % 2 + j // 10 * 2) % 4])
     if not axis.lines:
         return None
     axis.set(title=what, xlabel="epoch")
@@ -176,15 +176,17 @@ def views(runs):
 def spectrum(runs):
     """Eigenvalues of the covariance of every level's features: a line that falls off a cliff, or lies near 0, is a collapse at a glance.
 
-    (A JEPA's last eigenvalue is 0: its LayerNorm takes one direction away.)
+    (A JEPA's last eigenvalue is 0: its LayerNorm takes one direction away. Directions beyond the number of images are left out.)
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for k, run in enumerate(runs):
-        for j, (level, z) in enumerate(run.features.items()):
-            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov().cpu()).flip(0).clamp(min=1e-6)    # .cpu(): mps has no eigvalsh
+        for j, (level, z) in enumerate(run.features.items() if len(run.images) > 1 else ()):
+            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov().cpu()).flip(0)[:len(z) - 1].clamp(min=1e-6)    # .cpu(): mps has no eigvalsh
             axis.plot(range(1, len(eigenvalues) + 1), eigenvalues.numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 4 * j) % 10],
                       label=f"{run.name}: level {level}, effective rank {common.effective_rank(z):.1f}")
+    if not axis.lines:
+        return None
     axis.set(title="spectrum of the features' covariance", xlabel="direction, by size", ylabel="variance along it", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -262,11 +264,11 @@ def attention(runs):
     runs = [run for run in runs if isinstance(getattr(run.model, "target_encoder", None), common.ViT)]
     if not runs:
         return None
-    figure, axes = panels(1 + len(runs), 8, 1.6)
-    for axis, image in zip(axes[0], runs[0].images):
-        axis.imshow(picture(image))
-    axes[0, 0].set_ylabel("image")
-    for row, run in zip(axes[1:], runs):
+    rows, above = [], None
+    for run in runs:
+        if run.images is not above:            # a run on other images has them above its maps
+            above = run.images
+            rows.append(("image", [dict(X=picture(image)) for image in above[:8]]))
         encoder, caught = run.model.target_encoder, []
         hook = encoder.blocks[-1].qkv.register_forward_hook(lambda module, inputs, output: caught.append(output))
         encoder(common.normalise(run.images[:8].float() / 255))
@@ -274,9 +276,12 @@ def attention(runs):
         q, k, _ = caught[0].unflatten(2, (3, encoder.blocks[-1].heads, -1)).permute(2, 0, 3, 1, 4)
         weight = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))               # [8, N]: mean over heads and queries
         grid = math.isqrt(weight.shape[1])
-        for axis, w in zip(row, weight):
-            axis.imshow(w.view(grid, grid).cpu().numpy(), cmap="viridis", vmin=0)
-        row[0].set_ylabel(run.name)
+        rows.append((run.name, [dict(X=w.view(grid, grid).cpu().numpy(), cmap="viridis", vmin=0) for w in weight]))
+    figure, axes = panels(len(rows), 8, 1.6)
+    for row, (name, shown) in zip(axes, rows):
+        row[0].set_ylabel(name)
+        for axis, panel in zip(row, shown):
+            axis.imshow(**panel)
     figure.suptitle("attention that each patch receives in the target encoder's last block, each panel scaled to its own maximum")
     return figure
 
@@ -331,12 +336,15 @@ def main(argv=None):
     options = arguments(argv)
     folder = options.checkpoints[0].parent
     common.check_writable(folder, "figures go beside the first checkpoint")
+    for path in options.checkpoints[1:]:       # before the data of the first is read, or downloaded
+        eval_linear.load(path, options.device, options.data_dir)
     runs = []
     for path in options.checkpoints:
         runs.append(load_run(path, options, shared=runs[0] if runs else None))
-    if len({run.name for run in runs}) < len(runs):                        # folders of one name
-        for run, path in zip(runs, options.checkpoints):
-            run.name = str(path.parent)
+    for longer in (lambda run: str(run.path.parent), lambda run: str(run.path)):    # folders of one name, checkpoints of one folder
+        if len({run.name for run in runs}) < len(runs):
+            for run in runs:
+                run.name = longer(run)
     for name in [options.only] if options.only else (*FIGURES, "index"):
         if name == "index":
             page = explorer(runs[0])

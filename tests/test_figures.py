@@ -83,13 +83,40 @@ def test_two_runs_are_compared(runs, tmp_path, monkeypatch):
         figures.main([str(runs["sjea"].path), str(tmp_path / "other" / "sjea" / "checkpoint.pt"), "--images", "60", "--only", "accuracy"])
     assert named == [str(runs["sjea"].path.parent), str(tmp_path / "other" / "sjea")]
 
+    snapshot = shutil.copy(runs["sjea"].path, runs["sjea"].path.with_name("snapshot.pt"))
+    monkeypatch.setitem(figures.FIGURES, "compare", lambda runs: named.extend(run.name for run in runs))
+    with pytest.raises(common.Unusable, match="nothing for compare in 2 runs"):
+        figures.main([str(runs["sjea"].path), str(snapshot), "--images", "60", "--only", "compare"])
+    assert named[2:] == [str(runs["sjea"].path), str(snapshot)]
+
+
+def test_runs_and_levels_can_be_told_apart(runs):
+    """Six runs compared, and sixteen levels of one, have as many styles of line."""
+    look = lambda line: (line.get_color(), line.get_linestyle(), line.get_marker())
+    six = [dataclasses.replace(runs["sjea"], name=f"seed {k}") for k in range(6)]
+    first = figures.compare(six).axes[0].lines
+    assert len({look(line) for line in first}) == 6 and len({line.get_color() for line in first}) == 1
+    many = dataclasses.replace(runs["sjea"], history=[{**row, "knn": {str(stack): stack / 16 for stack in range(16)}} for row in runs["sjea"].history])
+    assert len({look(line) for line in figures.accuracy([many]).axes[0].lines}) == 16
+
+
+def test_every_checkpoint_is_read_before_the_data(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_dataset", None)                      # calling it would fail
+    with pytest.raises(common.Unusable, match="no checkpoint .*missing.pt"):
+        figures.main([str(runs["sjea"].path), str(tmp_path / "missing.pt")])
+
 
 def test_spectrum_is_that_of_the_covariance(runs):
     drawn = lines(figures.spectrum([runs["sjea"]]))
     for level, z in runs["sjea"].features.items():
         expected = np.linalg.svd(z.double().numpy() - z.double().numpy().mean(0), compute_uv=False) ** 2
         label = next(label for label in drawn if f"level {level}," in label)
-        assert drawn[label][1][:len(expected)] == pytest.approx(list(expected / (len(z) - 1)), rel=1e-3, abs=1e-5)
+        assert drawn[label][1] == pytest.approx(list(expected / (len(z) - 1))[:59], rel=1e-3, abs=1e-5)      # 60 images span 59 directions of 64
+        spread = expected / (len(z) - 1)
+        shares = np.append(spread, 1) / (spread.sum() + 1)
+        assert label.endswith(f"effective rank {np.exp(-sum(p * np.log(p) for p in shares if p > 0)):.1f}")
+    one = dataclasses.replace(runs["sjea"], images=runs["sjea"].images[:1], features={level: z[:1] for level, z in runs["sjea"].features.items()})
+    assert figures.spectrum([one]) is None
 
 
 def test_tsne_colours_every_image_by_its_class(runs):
@@ -101,6 +128,15 @@ def test_tsne_colours_every_image_by_its_class(runs):
         points = figures.embed(run.features[level])
         for scatter in axis.collections:
             assert np.allclose(scatter.get_offsets(), points[run.labels["shape"] == int(scatter.get_label())])
+        assert len({tuple(scatter.get_facecolor()[0]) for scatter in axis.collections}) == len(shown)
+
+
+def test_tsne_of_two_datasets_has_one_legend_of_both(runs):
+    other = dataclasses.replace(runs["ijepa"], labels={"class": torch.arange(60) % 12})
+    for pair in ([runs["sjea"], other], [other, runs["sjea"]]):
+        legend = figures.tsne(pair).legends[0]
+        assert [text.get_text() for text in legend.get_texts()] == [str(c) for c in range(12)]
+        assert legend.get_title().get_text() in ("shape / class", "class / shape")
 
 
 @pytest.mark.parametrize("classes", (10, 60))
@@ -202,6 +238,18 @@ def test_attention_is_the_last_blocks_softmax(runs):
     encoder.float()
 
 
+def test_attention_maps_lie_below_their_own_images(runs):
+    """Of two runs on the same images and one on others: rows of images, map, map, images, map."""
+    run = runs["ijepa"]
+    other = dataclasses.replace(run, name="other", images=run.images.flip(0))
+    axes = np.array(figures.attention([run, dataclasses.replace(run, name="same"), other]).axes).reshape(5, 8)
+    assert [row[0].get_ylabel() for row in axes] == ["image", "ijepa", "same", "image", "other"]
+    drawn = [[np.array(axis.images[0].get_array()) for axis in row] for row in axes]
+    for i in range(8):
+        assert np.allclose(drawn[0][i], run.images[i].permute(1, 2, 0) / 255) and np.allclose(drawn[3][i], run.images[-1 - i].permute(1, 2, 0) / 255)
+        assert np.allclose(drawn[1][i], drawn[2][i]) and not np.allclose(drawn[1][i], drawn[4][i])
+
+
 def test_masks_show_context_and_targets(runs):
     """Grey outside the context, the image's own pixels inside; as many outlines as targets."""
     run = runs["ijepa"]
@@ -240,7 +288,10 @@ def test_views_are_those_of_training(runs):
     figure = figures.views([runs["sjea"]])
     images = [np.array(axis.images[0].get_array()) for axis in figure.axes]
     assert np.allclose(images[0], figures.picture(runs["sjea"].images[0]))
-    assert all(0 <= image.min() and image.max() <= 1 for image in images)
+    scale = lambda channel, mean, std: (channel * std + mean).clip(0, 1)
+    x = common.normalise(runs["sjea"].images[:1].float() / 255)[0]
+    undone = np.stack([scale(c.numpy(), *ms) for c, ms in zip(x, ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225)))], axis=2)
+    assert np.allclose(figures.picture(x), undone, atol=1e-6) and np.allclose(undone, images[0], atol=1e-6)
     assert not np.allclose(images[8], images[16])
     run, generator = runs["sjea"], torch.Generator().manual_seed(0)
     for row, view in enumerate(__import__("sjea").transformations(run.args), 1):
@@ -260,6 +311,7 @@ def test_the_page_holds_images_labels_and_neighbours(runs):
         tile = sheet[i // 40 * 32:i // 40 * 32 + 32, i % 40 * 32:i % 40 * 32 + 32]
         assert abs(tile - run.images[i].permute(1, 2, 0).numpy()).mean() < 12
     for level, z in run.features.items():
+        assert np.allclose(data["levels"][level]["all"], figures.embed(z), atol=1e-4)
         for i in (3, 30):
             cosine = [(torch.dot(z[i], z[j]) / z[i].norm() / z[j].norm()).item() if j != i else -2 for j in range(len(z))]
             assert set(data["levels"][level]["nearest"][i]) == set(np.argsort(cosine)[-8:].tolist())
@@ -273,9 +325,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-@pytest.mark.parametrize("address, chosen, only", [("#class=all&image=43", 43, False), ("#class=2", None, True)])
+@pytest.mark.parametrize("address, chosen, only", [("#class=all&image=43", 43, False), ("#class=2", None, True), ("#class=99&image=900", None, False)])
 def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
-    """Without a network: a chosen image shows its labels and neighbours at each level, a chosen class its clusters."""
+    """Without a network: a chosen image shows its labels and neighbours at each level, a chosen class its clusters; one that is not there, nothing."""
     run, page = runs["sjea"], tmp_path / "index.html"
     page.write_text(figures.explorer(run))
     command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
