@@ -176,7 +176,7 @@ def command_line(main):
     torch.set_flush_denormal(True)             # momentum that has faded below 1e-38 is 0: an Intel CPU computes with such numbers many times slower
     if main.__module__ == "__main__":          # so that eval_linear.py judges by this script, not by what its file may be by then
         sys.modules[Path(sys.argv[0]).stem] = sys.modules["__main__"]
-    if int(os.environ.get("RANK", 0)) > 0:     # of torchrun's processes the first alone prints
+    if os.environ.get("RANK", "0") not in ("0", ""):    # of torchrun's processes the first alone prints
         sys.stdout = open(os.devnull, "w")
     code = 1
     try:
@@ -301,7 +301,8 @@ def load_stl10(args, download):
 def load_folder(args, download):
     """DIR/train/<class>/* and DIR/test/<class>/* (or val): decoded once into one uint8 tensor, or streamed where that is too large."""
     root = Path(args.data_dir)
-    test = root / "test" if (root / "test").is_dir() else root / "val"
+    has_classes = lambda part: part.is_dir() and any(entry.is_dir() for entry in os.scandir(part))    # ImageNet's test images have no classes, its val's do
+    test = root / ("val" if has_classes(root / "val") and not has_classes(root / "test") else "test")
     for part in (root, root / "train", test):
         if not part.is_dir():
             raise Unusable(f"argument --data-dir: no folder {part}; --dataset folder reads DIR/train/<class>/* and DIR/test/<class>/* (or val)")
@@ -426,7 +427,7 @@ def load_batches(images, index_batches, device):
             pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator(),  # its own: else it draws from torch's
             multiprocessing_context="fork" if sys.platform == "linux" else None):  # Python 3.14's default imports torch in every worker
         if isinstance(batch, str):
-            raise RunFailed(f"{batch}; what was saved is whole. To leave out all such images, remove any *-index.npz from --data-dir and start a new run with --skip-bad-images.")
+            raise RunFailed(f"{batch}; what was saved is whole. Mend the file and go on by --resume; or, to leave out all such images, remove any *-index.npz from --data-dir and start a new run with --skip-bad-images.")
         yield batch.to(device, non_blocking=device == "cuda")
 
 
@@ -445,7 +446,9 @@ def leave_to_trainer(worker):
 
 def upright_rgb(image):
     """A PIL image of any mode as RGB, turned as its EXIF data says; the first frame of an animation."""
-    image = ImageOps.exif_transpose(image)
+    image.load()                               # damaged pixels end here; where the EXIF data alone is damaged, the image stays as it lies
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
         raise ValueError("its 32-bit pixels have no known range")
     if image.mode.startswith("I"):             # 16-bit grey, which convert() would clip to 255
@@ -1011,6 +1014,9 @@ def train(args, model, training_step, data, after_step=None):
     Returns the last features of data.train_images and data.test_images, each {level: [N, D]}, or None where no step was left to do.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
+    counts = gather(torch.tensor([len(data.images)], device=args.device))
+    if counts.min() < counts.max():
+        raise Unusable(f"argument --data-dir: the processes find {counts.min()} to {counts.max()} training images; every machine needs all of the same")
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
     if isinstance(data.images, torch.Tensor) and data.images.dtype != torch.uint8:

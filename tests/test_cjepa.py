@@ -1,4 +1,4 @@
-"""cjepa.py: I-JEPA bit for bit without its terms, the terms against a loop, collapse with and without them."""
+"""cjepa.py: I-JEPA bit for bit without its terms, the terms against a loop."""
 import itertools
 
 import pytest
@@ -33,6 +33,17 @@ def test_without_its_terms_it_is_ijepa_bit_for_bit(precision, shapes_64):
         runs[method] = losses, [p.detach().clone() for p in model.parameters()]
     assert runs[ijepa][0] == runs[cjepa][0] and len(set(runs[ijepa][0])) == 20
     assert all(torch.equal(p, q) for p, q in zip(runs[ijepa][1], runs[cjepa][1], strict=True))
+
+
+def test_a_whole_run_without_its_terms_is_ijepas(tiny_run):
+    """Two epochs by either script, their EMA included: equal weights, the target's too, and the target moved."""
+    flags = ("--epochs", "2", "--ema", "0.9")
+    one, other = (torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+                  for out in (tiny_run("ijepa", *flags), tiny_run("cjepa", *flags, "--beta-vicreg", "0")))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    torch.manual_seed(0)
+    start = cjepa.JEPA(cjepa.arguments(["--predictor-width", "12", "--predictor-depth", "1"])).target_encoder
+    assert not torch.equal(other["target_encoder.embed.weight"], start.embed.weight)
 
 
 @pytest.mark.parametrize("views", ["blocks", "target"])

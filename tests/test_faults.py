@@ -806,7 +806,7 @@ def test_a_bad_image_in_a_streamed_run(pictures, tmp_path, capsys):
     status, error = run("vicreg", argv)
     line = error.splitlines()[-1]
     assert status == 1 and "Traceback" not in error
-    assert "vicreg.py: cannot read the image" in line and str(bad) in line and "--skip-bad-images" in line
+    assert "vicreg.py: cannot read the image" in line and str(bad) in line and "go on by --resume" in line and "--skip-bad-images" in line
     assert load_folder(pictures, "--stream").images[[15]][0].startswith("cannot read the image")
     for attempt in ("first", "second"):
         data = load_folder(pictures, "--stream", "--skip-bad-images")

@@ -308,6 +308,12 @@ def test_encoder_sizes_are_the_published_ones(size, reference, patch):
     extra = theirs.class_token.numel() + theirs.encoder.pos_embedding.numel() + common.count_parameters(theirs.heads)
     assert common.count_parameters(ours) == common.count_parameters(theirs) - extra
     assert size != "base" or common.count_parameters(ours) == 85_646_592
+    assert ours.blocks[0].heads == theirs.encoder.layers[0].num_heads
+
+
+def test_the_small_encoders_are_deits():
+    """Width, depth and heads of DeiT-Ti and DeiT-S (Touvron et al. 2021, table 1)."""
+    assert (common.VITS["tiny"], common.VITS["small"]) == ((192, 12, 3), (384, 12, 6))
 
 
 def test_features_of_all_patches_equal_those_of_their_index_set():
@@ -385,15 +391,22 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny_run):
 
 
 def test_schedules():
-    """Learning rate and weight decay over the real number of steps; the published values by --recipe paper."""
+    """Weight decay over the real number of steps."""
     assert [common.weight_decay(step, 11, 0.04, 0.4) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
     assert common.weight_decay(3, 11, 0.1, 0.1) == pytest.approx(0.1)
-    args = ijepa.arguments(["--recipe", "paper", "--epochs", "300"])
+
+
+@pytest.mark.parametrize("method", ["ijepa", "cjepa"])
+def test_recipes(method):
+    """The published values by --recipe paper (C-JEPA's are I-JEPA's); defaults by optimizer and dataset."""
+    arguments = __import__(method).arguments
+    args = arguments(["--recipe", "paper", "--epochs", "300"])
     assert (args.lr * 2048 / 256, args.weight_decay, args.weight_decay_end, args.ema, args.ema_end) == (1e-3, 0.04, 0.4, 0.996, 1)
     assert (args.epochs, args.batch_size, args.vit, args.patch_size, args.image_size) == (300, 2048, "base", 16, 224)
     assert (args.warmup_epochs, args.predictor_depth, args.predictor_width) == (15, 6, 384)
     assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min, args.optimizer) == (4, 0.3, "adamw")
-    small, adamw = ijepa.arguments([]), ijepa.arguments(["--optimizer", "adamw"])
+    small, adamw = arguments([]), arguments(["--optimizer", "adamw"])
+    assert (small.crop_min, arguments(["--dataset", "cifar10"]).crop_min) == (0.8, 0.3)
     assert (small.optimizer, small.lr, adamw.lr) == ("muon", 0.032, 0.016)
 
 

@@ -136,13 +136,13 @@ def test_no_process_judges_a_checkpoint_before_it_is_written(tmp_path):
     assert (tmp_path / "run" / "eval.json").exists()
 
 
-def interrupted(method, argv):
-    """As script(), with a SIGTERM to the first process in step 6."""
+def interrupted(method, argv, last=6):
+    """As script(), with a SIGTERM to the first process in step `last`."""
     learning_rate = common.learning_rate
     sent = []
 
     def at_step(step, *rest):
-        if step == 6 and not sent and common.process()[0] == 0:
+        if step == last and not sent and common.process()[0] == 0:
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return learning_rate(step, *rest)
     common.learning_rate = at_step
@@ -189,7 +189,7 @@ common.command_line(vicreg.main)
 def test_a_stopped_run_saves_before_torchrun_ends_it(tmp_path):
     """The first process is slow to write and gets the signal twice, the second has nothing to write."""
     (tmp_path / "signalled.py").write_text(SIGNALLED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "signalled.py"),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "signalled.py"),
                *small("vicreg", "--batch-size", "32", "--epochs", "9", "--out", str(tmp_path / "run"))]
     done = subprocess.run(command, cwd=Path(common.__file__).parent, capture_output=True, text=True)
     assert "stopped after step 8 of 36; to go on: " in done.stderr, done.stderr
@@ -205,7 +205,9 @@ def test_a_run_stops_and_resumes_on_another_number_of_processes(method, tmp_path
     assert run(script, 1, method, [*flags, "--out", str(one)]) == [0]
     assert run(interrupted, 2, method, [*flags, "--out", str(many)]) == [143, 143]
     assert common.load_checkpoint(many / "checkpoint.pt")["step"] == 8     # of 16: the first step after the signal at which all look
-    assert run(interrupted, 1, method, [*flags, "--out", str(many), "--resume"]) == [0]
+    assert run(interrupted, 1, method, [*flags, "--out", str(many), "--resume"], 10) == [143]
+    assert common.load_checkpoint(many / "checkpoint.pt")["step"] == 11    # one process looks at every step
+    assert run(script, 4, method, [*flags, "--out", str(many), "--resume"]) == [0] * 4
     log, other = ([untimed(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, many))
     scores, others = (untimed(json.loads((out / "eval.json").read_text())) for out in (one, many))
     assert len(log) == 4 and scores["levels"].keys() == {"target", "context"}
@@ -280,6 +282,18 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     assert (tmp_path / "data" / "downloads").read_text() == "one "
 
 
+def unequal_data(argv):
+    """As script(), with one image less in the second process, as of another copy of the data."""
+    tiny = conftest.tiny_shapes
+    conftest.tiny_shapes = lambda args: tiny(args, 128 - common.process()[0])
+    script("vicreg", argv)
+
+
+def test_processes_with_unequal_data_are_refused(tmp_path):
+    assert run(unequal_data, 2, small("vicreg", "--batch-size", "32", "--out", str(tmp_path / "run"))) == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
 def load_here(folder):
     """eval_linear.load() of a checkpoint that is on the first machine alone."""
     rank = int(os.environ["RANK"])
@@ -310,10 +324,11 @@ def test_processes_do_not_meet_on_mps(monkeypatch):
         common.join_processes("mps")
 
 
-def test_a_rank_without_torchrun_is_refused(monkeypatch):
+@pytest.mark.parametrize("rank", ["0", "", "x"])
+def test_a_rank_without_torchrun_is_refused(rank, monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", rank)
     with pytest.raises(common.Unusable, match="environment variable RANK: start several processes by torchrun, or unset it"):
         common.join_processes("cpu")
 
@@ -345,7 +360,7 @@ def test_torchrun(tmp_path):
         common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     argv = small("vicreg", "--batch-size", "20", "--epochs", "1", "--warmup-epochs", "0", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
                  "--image-size", "32", "--out", str(tmp_path / "run"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "vicreg.py", *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "vicreg.py", *argv]
     done = subprocess.run(command, cwd=Path(common.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("vicreg on folder: class, 20 test images") == 1

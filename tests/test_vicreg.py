@@ -151,7 +151,7 @@ def test_a_run_leaves_what_the_contract_names(tiny_run, capsys, monkeypatch):
     assert all(word in printed for word in ("raw pixels", "untrained 0", "linear top-1", "eval_linear.py"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lars"])
 def test_a_resumed_run_equals_an_undisturbed_one(optimizer, tiny_run):
     """Two of three epochs, then the third from the checkpoint: same parameters and losses to the last bit."""
     flags = ("--epochs", "3", "--optimizer", optimizer)
