@@ -18,7 +18,8 @@ and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (
 This script was written from a review of the paper (which in one caption swaps I-JEPA's encoders); the coefficients are the paper's
 as others quote them. The review does not say what the "augmented views" are whose means are Z and Z'. Our choice: an image has one
 crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means
-of different blocks together (so, too, in machine-made notes on the paper, found later: README). --views target: mean prediction, mean target.
+of different blocks together (so, too, in one sentence of machine-made notes on the paper, found later; another has it otherwise: README).
+--views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of z [n, M, D].
 """
 import copy
 import itertools
@@ -270,9 +271,9 @@ def arguments(argv=None):
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
-    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor")
+    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor (--recipe paper: 6, with --vit large and huge 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4)")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; with 2 it is 32 points worse, its Table 10)")
     add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
@@ -285,14 +286,16 @@ def arguments(argv=None):
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': the mean predictions for an image's blocks, pairwise; or their mean and the mean target")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW (--lr: 0.032 or 0.016; --recipe paper: 1.25e-4 for both)")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8, with --recipe paper 0.3)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant; --recipe paper: 0.4)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
-    given = parser.given(argv)                                           # two flags change the defaults of others
+    given = parser.given(argv)                                           # three flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
     if given.recipe == "paper":
         parser.set_defaults(**PAPER)
+        if given.vit in ("large", "huge"):
+            parser.set_defaults(predictor_depth=12)
     args = common.parse(parser, argv)
     if args.ema_end < args.ema:
         raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")

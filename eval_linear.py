@@ -140,7 +140,7 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     batch = min(128, len(x))
     per_epoch, steps = len(x) // batch, epochs * (len(x) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: common.learning_rate(step, steps, steps // 10, 1.0))
-    whole = label in ("pose", "distance")      # labels of shapes that a flip, or a crop's zoom, would make wrong
+    whole = label in ("pose", "count", "distance")    # labels of shapes that a flip, or a crop, would make wrong
     view = common.View((1.0 if whole else 0.3, 1.0), p_flip=0.0 if whole else 0.5, p_jitter=0.0, p_grey=0.0)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     for _ in trange(epochs, desc="epochs", leave=False):

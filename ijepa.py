@@ -14,8 +14,9 @@ From the features of x a predictor computes what the target encoder makes of M h
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss (default: smooth-L1)
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
-The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and s_hat. In shapes B is the
-number of images and D that of features (of pixels: 3 p p); B_x and B_i are sets of indices, and in the loss D is the paper's distance.
+The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and s_hat; its mask tokens m_j are
+`asked` in Predictor, m here is the momentum alone. In shapes B is the number of images and D that of features (of pixels: 3 p p, p the side of a
+patch); B_x and B_i are sets of indices, and in the loss D is the paper's distance.
 
 Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is layer-normed; crops
 without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe paper, too (--loss l2: the paper's
@@ -24,7 +25,8 @@ nothing else fits, so that up to 25 x 25 patches the context square is the whole
 authors' code takes a block's area and shape from one random number and rounds, so that it may leave the ranges, and never
 reaches the grid's last row and column. Weights are Xavier's, the last layers of each block scaled down with its depth; the
 authors' code's standard deviation of 0.02 is too small for small networks. --recipe paper sets the published numbers (PAPER,
-below), with a warm-up from near 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not linearly. The
+below), with a warm-up from near 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not linearly; its contexts
+are cut to the smallest of the whole batch, not of one GPU's part of it, and so are smaller. The
 defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at 32 px on two CPU cores.
 """
 import copy
@@ -217,9 +219,9 @@ def arguments(argv=None):
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
-    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor")
+    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor (--recipe paper: 6, with --vit large and huge 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4)")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; with 2 it is 32 points worse, its Table 10)")
     add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
@@ -227,14 +229,16 @@ def arguments(argv=None):
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW (--lr: 0.032 or 0.016; --recipe paper: 1.25e-4 for both)")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8, with --recipe paper 0.3)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant; --recipe paper: 0.4)")
     common.add_common_arguments(parser, method="ijepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
-    given = parser.given(argv)                                           # two flags change the defaults of others
+    given = parser.given(argv)                                           # three flags change the defaults of others
     if given.optimizer == "adamw":
         parser.set_defaults(lr=16e-3)
     if given.recipe == "paper":
         parser.set_defaults(**PAPER)
+        if given.vit in ("large", "huge"):
+            parser.set_defaults(predictor_depth=12)
     args = common.parse(parser, argv)
     if args.ema_end < args.ema:
         raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")

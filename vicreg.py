@@ -5,9 +5,12 @@ Bardes, Ponce, LeCun 2021, https://arxiv.org/abs/2105.04906
     python vicreg.py                                  # ten shapes, made on the fly, minutes on a laptop
     python vicreg.py --dataset cifar10 --epochs 200 --width 64
 
-Two random views x_1, x_2 of every image go through one encoder f and one projector h:
+Two random views x_1, x_2 of every image go through one encoder f and one projector h. The paper writes x, x' for the views, y, y' and
+z, z' for what becomes of them, Z, Z' for a batch of n (here z_1, z_2), f_theta for f and "expander" h_phi for h:
 
     Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
+
+C(Z) is a covariance and S(x, eps) a deviation; in shapes C is the number of channels and S the side of a view.
 
     Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
     Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)                            gamma = 1, eps = 1e-4
@@ -16,12 +19,12 @@ Two random views x_1, x_2 of every image go through one encoder f and one projec
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
     Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
 
-Two things follow the authors' code (facebookresearch/vicreg) and not the paper's equations, because the
-published coefficients (25, 25, 1) belong to the code: s is also divided by d (so has the paper's Algorithm
-1), and the variance term is halved (so have S-JEA's code and lightly, but not Algorithm 1 and solo-learn).
-The default settings suit minutes on two CPU cores: width 16 (so C = 128 instead of ResNet-18's 512),
-d = 256 instead of 8192, the optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and
-nu = 8, chosen with AdamW (results/README.md). The published ones are flags.
+Two things follow the authors' code (facebookresearch/vicreg) and not the paper's equations, because the published coefficients
+(25, 25, 1) belong to the code: s is also divided by d (so has the paper's Algorithm 1), and the variance term is halved (so
+have S-JEA's code and lightly, but not Algorithm 1 and solo-learn). The default settings suit minutes on two CPU cores: width 16
+(so C = 128 instead of ResNet-18's 512), d = 256 instead of 8192 (12.7 points worse in the paper's Table 12, on ImageNet), the
+optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and nu = 8, chosen with AdamW (results/README.md). The
+published ones are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -144,7 +147,7 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views; crop: crops and flips alone")
+    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views (vicreg: blur above 64 px alone); crop: crops and flips alone")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else 0.08 with --augmentation vicreg and 0.3, as in S-JEA's authors' code, with the others)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")

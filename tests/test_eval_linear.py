@@ -86,6 +86,8 @@ def test_scores_come_from_the_checkpoint_alone(tiny_run, tmp_path, monkeypatch, 
         assert result["baselines"]["raw pixels"]["linear_top1"] == pytest.approx(expected, abs=0.04)
 
     untrained = eval_linear.untrained(args)
+    torch.manual_seed(0)
+    assert all(torch.equal(p, q) for p, q in zip(untrained.state_dict().values(), sys.modules["sjea"].SJEA(args).state_dict().values(), strict=True))
     for k in ("0", "1"):
         x, x_test = (common.extract(untrained, images, args)[k] for images in (data.train_images, data.test_images))
         nearest = KNeighborsClassifier(80, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1)).fit(x.numpy(), data.train_labels["style"]).score(x_test.numpy(), data.test_labels["style"])
@@ -146,7 +148,7 @@ def test_within_finds_sub_categories_and_only_those():
     centres = 6 * torch.randn(3, 4, 16, generator=generator)
     features, test_features = (centres[a, b - 10] + torch.randn(len(a), 16, generator=generator) for a, b in ((y, sub), (y_test, sub_test)))
     clear = eval_linear.within(features, test_features, y, y_test, sub, sub_test)
-    assert all(clear[name] == pytest.approx(1, abs=0.01) for name in ("linear_top1", "knn_top1", "nmi", "rand"))
+    assert all(clear[name] == pytest.approx(1, abs=0.01) for name in ("linear_top1", "knn_top1", "nmi", "rand")) and 0.005 < clear["chance_nmi"] < 0.05
     random, random_test = (torch.randint(4, (n,), generator=generator) for n in (1200, 600))
     noise = eval_linear.within(features, test_features, y, y_test, random, random_test)
     assert abs(noise["linear_top1"] - 0.25) < 0.08 and abs(noise["knn_top1"] - 0.25) < 0.08 and abs(noise["rand"]) < 0.03
@@ -281,6 +283,57 @@ def test_one_step_of_the_linear_protocol_standardises_by_what_it_saw():
     assert eval_linear.train_classifier(Brightness(), ["0"], common.Dataset(x, x, y, x, y), "class", args, 1, 1.0, frozen=True)["0"][0] > 0.9
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_scored_are_the_test_images_each_by_itself(frozen):
+    """All of them bright: of class 1 by the training images' statistics, whatever is beside them. A level that is constant tells nothing."""
+    class Brightness(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def representations(self, x):
+            return {"0": self.scale * x.mean((1, 2, 3))[:, None] + 100, "1": 0 * x[:, :1, 0, 0]}
+    x = torch.arange(64).repeat_interleave(3 * 8 * 8).view(64, 3, 8, 8).to(torch.uint8) + 96
+    y, bright = {"class": (torch.arange(64) >= 32).long()}, x[40:].clone()
+    args = eval_linear.importlib.import_module("vicreg").arguments(["--image-size", "8", "--device", "cpu", "--precision", "fp32"])
+    for label, accuracy in ((1, 1.0), (0, 0.0)):                           # named wrongly, all are wrong
+        data = common.Dataset(x, x, y, bright, {"class": torch.full((24,), label)})
+        scores = eval_linear.train_classifier(Brightness(), ["0", "1"], data, "class", args, 60, 0.5, frozen=frozen)
+        assert scores["0"][0] == accuracy
+    data = common.Dataset(x, x, y, x, y)
+    assert eval_linear.train_classifier(Brightness(), ["0", "1"], data, "class", args, 60, 0.5, frozen=frozen)["1"][0] == 0.5
+
+
+def test_fine_tuning_a_jepa_trains_its_target_encoder(tiny_run, monkeypatch):
+    model, args = eval_linear.load(tiny_run("ijepa", "--epochs", "1") / "checkpoint.pt")
+    monkeypatch.setattr(common, "load_shapes", conftest.tiny_shapes)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    eval_linear.train_classifier(model, ["target"], common.load_dataset(args), "shape", args, 2, 1e-3, frozen=False)
+    assert {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])} == {"target_encoder"}
+
+
+def test_the_protocols_use_the_first_of_labels(checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval_linear, "train_classifier", lambda model, levels, data, label, *rest, frozen: seen.append(label) or {level: (0.5, 0.5) for level in levels})
+    eval_linear.main([str(checkpoint), "--labels", "style", "shape", "--shots", "2", "--augmented", "1", "--fine-tune", "1", "--supervised", "1", "--device", "cpu"])
+    result = json.loads((checkpoint.parent / "eval.json").read_text())
+    model, args = eval_linear.load(checkpoint)
+    data = common.load_dataset(args)
+    features = [common.extract(model, images, args)["0"] for images in (data.train_images, data.test_images)]
+    expected = eval_linear.few_shot(*features, data.train_labels["style"], data.test_labels["style"], 2)
+    assert seen == ["style"] * 3 and result["few_shot"]["2 per class"]["0"] == pytest.approx(expected, abs=0.02)
+
+
+def test_an_empty_data_dir_downloads_nothing(checkpoint, monkeypatch):
+    """A checkpoint from a stranger must not decide where a download goes."""
+    asked = []
+    monkeypatch.setattr(common, "load_dataset", lambda args, download: asked.append(download) or exec("raise KeyboardInterrupt"))
+    for folder in ([], ["--data-dir", ""], ["--data-dir", "here"]):
+        with pytest.raises(KeyboardInterrupt):
+            eval_linear.main([str(checkpoint), *folder])
+    assert asked == [False, False, True]
+
+
 def test_fine_tuning_changes_the_encoder_and_fits_what_it_is_shown(checkpoint, monkeypatch):
     plain(monkeypatch)
     model, args = eval_linear.load(checkpoint)
@@ -304,9 +357,9 @@ def test_ten_steps_in_all_have_a_warm_up_of_one(checkpoint, monkeypatch):
     assert views == 10 * [common.View((0.3, 1.0), p_flip=0.5, p_jitter=0.0, p_grey=0.0)]
 
 
-@pytest.mark.parametrize("label, changed", [("shape", True), ("pose", False), ("distance", False)])
+@pytest.mark.parametrize("label, changed", [("shape", True), ("pose", False), ("count", False), ("distance", False)])
 def test_no_flip_or_crop_changes_the_label_that_is_learned(label, changed, checkpoint, monkeypatch):
-    """A mirrored arrow has another pose, a magnified one another distance: images of these labels stay as they are."""
+    """A mirrored arrow has another pose, a magnified one another distance, and a crop may cut a copy off: images of these labels stay as they are."""
     model, args = eval_linear.load(checkpoint)
     seen, augment = [], common.augment
     monkeypatch.setattr(common, "augment", lambda x, *rest: seen.append((x, augment(x, *rest))) or seen[-1][1])

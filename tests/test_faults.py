@@ -715,7 +715,7 @@ def test_a_streamed_folder_is_that_in_memory(holdout, pictures, tmp_path, monkey
         importlib.import_module("vicreg").main(flags("vicreg", out, *STREAMED, str(pictures), *holdout, *stream))
         eval_linear.main([str(out / "checkpoint.pt"), "--device", "cpu", "--augmented", "1", "--fine-tune", "1"])
         results.append(json.loads((out / "eval.json").read_text()))
-    assert results[0] == results[1]
+    assert results[0] == results[1] and results[0]["judged_on"] == f"{len(whole.test_images)} {'held-out' if holdout else 'test'} images"
     import figures
     runs = [figures.load_run(tmp_path / f"run{stream}" / "checkpoint.pt", figures.arguments([str(out / "checkpoint.pt"), "--images", "40"]))
             for stream in ([], ["--stream"])]

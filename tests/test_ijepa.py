@@ -406,6 +406,7 @@ def test_recipes(method):
     assert (args.warmup_epochs, args.predictor_depth, args.predictor_width) == (15, 6, 384)
     assert args.target_scale == [0.15, 0.2] and args.context_scale == [0.85, 1.0] and (args.num_targets, args.crop_min, args.optimizer) == (4, 0.3, "adamw")
     small, adamw = arguments([]), arguments(["--optimizer", "adamw"])
+    assert [arguments(["--recipe", "paper", "--vit", size]).predictor_depth for size in ("small", "large", "huge")] == [6, 12, 12]
     assert (small.crop_min, arguments(["--dataset", "cifar10"]).crop_min) == (0.8, 0.3)
     assert (small.optimizer, small.lr, adamw.lr) == ("muon", 0.032, 0.016)
 
