@@ -325,12 +325,14 @@ def test_processes_do_not_meet_on_mps(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", ["0", "", "x"])
-def test_a_rank_without_torchrun_is_refused(rank, monkeypatch):
+def test_a_rank_without_torchrun_is_refused(rank, tmp_path, monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(common.Unusable, match="environment variable RANK: start several processes by torchrun, or unset it"):
         common.join_processes("cpu")
+    done = subprocess.run([sys.executable, "vicreg.py", "--out", str(tmp_path / "run")], cwd=Path(common.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("vicreg.py: environment variable RANK: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_a_judge_on_the_cpu_joins_by_gloo_where_there_is_a_gpu(tiny_run, monkeypatch):
