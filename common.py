@@ -170,10 +170,21 @@ def keep_memory():
         libc.mallopt(-1, -1)                   # M_TRIM_THRESHOLD: nothing goes back
 
 
+@contextmanager
+def denormals_flushed():
+    """Inside, numbers below 1e-38 are 0: momentum fades to them, and an Intel CPU computes with them many times slower. Not outside: scipy's KDTree needs them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def command_line(main):
     """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
     keep_memory()
-    torch.set_flush_denormal(True)             # momentum that has faded below 1e-38 is 0: an Intel CPU computes with such numbers many times slower
+    with denormals_flushed():
+        torch.ones(2**20).sqrt()               # starts torch's other threads, which keep to it
     if main.__module__ == "__main__":          # so that eval_linear.py judges by this script, not by what its file may be by then
         sys.modules[Path(sys.argv[0]).stem] = sys.modules["__main__"]
     if os.environ.get("RANK", "0") not in ("0", ""):    # of torchrun's processes the first alone prints
@@ -1040,7 +1051,7 @@ def train(args, model, training_step, data, after_step=None):
     optimizer = make_optimizer(model, args)
     first, so_far, seconds, history, features = 0, {}, 0.0, [], None    # so_far, {term: its values}, and seconds are of this epoch
 
-    with claimed(out, args.resume) if rank == 0 else nullcontext(), stop_signals() as signals, \
+    with claimed(out, args.resume) if rank == 0 else nullcontext(), stop_signals() as signals, denormals_flushed(), \
             tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
         if args.resume:
             first, so_far, seconds, history = restore(args, model, optimizer, len(data.images))
