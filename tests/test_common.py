@@ -905,7 +905,7 @@ def test_the_memory_of_freed_tensors_is_kept():
 TINY = """
 import torch, common
 def half(n):
-    tiny = torch.full((n,), 1e-39)
+    tiny = torch.full((n,), 713_624, dtype=torch.int32).view(torch.float32)     # 1e-39, by its bits
     print((tiny * 0.5).count_nonzero().item(), (tiny.view(-1, 4) @ torch.eye(4)).count_nonzero().item())
 def main():
     torch.zeros(2**20) + 1                     # as loading data may, in all threads
@@ -922,7 +922,7 @@ def test_denormal_numbers_are_flushed_in_every_thread(byol, tiny_run, monkeypatc
         pytest.skip("this processor has no such setting")
     found = subprocess.run([sys.executable, "-c", TINY], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "4"}).stdout
     assert found.split() == ["0", "0", "16", "16"]
-    left, half, step = [], lambda: (torch.full((4,), 1e-39) * 0.5).count_nonzero().item(), byol.training_step
+    left, half, step = [], lambda: (torch.full((4,), 713_624, dtype=torch.int32).view(torch.float32) * 0.5).count_nonzero().item(), byol.training_step
     monkeypatch.setattr(byol, "training_step", lambda *args: left.append(half()) or step(*args))
     tiny_run("byol", "--epochs", "1")
     assert left == [0] * 4 and half() == 4
