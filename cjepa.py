@@ -5,21 +5,28 @@ Mo, Tong 2024, https://arxiv.org/abs/2410.19560
     python cjepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python cjepa.py --ema 0 --beta-vicreg 0 --out runs/neither      # neither EMA nor VICReg
 
-I-JEPA's masks, encoders, predictor and loss are those of ijepa.py, to the letter; its docstring says what they are and how they
-and the defaults differ from I-JEPA's paper. What C-JEPA adds:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large square that lie in none
+of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what the target encoder makes of the blocks, at B_i:
 
-    L = L_I-JEPA + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
+    s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
+    s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
+    s_hat(i) = predictor(s_x, where B_i lies)     features of the Nt patches of one block [B, Nt, D], for each i by itself
+    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss (default: smooth-L1)
+    target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
+
+All this is that of ijepa.py, to the letter, whose docstring says how it differs from I-JEPA's paper. What C-JEPA adds to that L:
+
+    L_C-JEPA = L + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
 with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). Z and Z' [n, d] are means over patches, n images by
 d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in its authors' convention: s is divided by d as well,
 v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA
 and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (README, question 16).
 
-This script was written from a review of the paper (which in one caption swaps I-JEPA's encoders); the coefficients are the paper's
-as others quote them. The review does not say what the "augmented views" are whose means are Z and Z'. Our choice: an image has one
-crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means
-of different blocks together (so, too, in one sentence of machine-made notes on the paper, found later; another has it otherwise: README).
---views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of z [n, M, D].
+This script was written from a review of the paper; the coefficients are the paper's as others quote them. The review does not say
+what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image has one crop; its views are the M
+predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means of different blocks
+together. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of z [n, M, D].
 """
 import copy
 import itertools
@@ -273,7 +280,7 @@ def arguments(argv=None):
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor (--recipe paper: 6, with --vit large and huge 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; with 2 it is 32 points worse, its Table 10)")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; on ImageNet 2 is 32 points worse, its Table 10; at 32 px 2 was better)")
     add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")

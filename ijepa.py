@@ -5,8 +5,8 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y is cut into N patches. A target encoder sees all of them, a context encoder only x, some of those left visible, at the indices B_x.
-From the features of x a predictor computes what the target encoder makes of M hidden blocks, at the indices B_i:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large square that lie in none
+of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what the target encoder makes of the blocks, at B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
@@ -15,13 +15,14 @@ From the features of x a predictor computes what the target encoder makes of M h
     target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
 
 The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and s_hat; its mask tokens m_j are
-`asked` in Predictor, m here is the momentum alone. In shapes B is the number of images and D that of features (of pixels: 3 p p, p the side of a
-patch); B_x and B_i are sets of indices, and in the loss D is the paper's distance.
+`asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is told beside s_x, is where B_i lies; z in the code is
+the mean prediction. In shapes B is the number of images and D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i
+are sets of indices, and in the loss D is the paper's distance.
 
 Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is layer-normed; crops
 without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe paper, too (--loss l2: the paper's
 sum). A block's size is drawn among the whole-patch rectangles in the published ranges; none spans a full side unless
-nothing else fits, so that up to 25 x 25 patches the context square is the whole image, or all but one row and column. The
+nothing else fits, so the context square is the whole image up to 12 x 12 patches, all but one row and column up to 25 x 25. The
 authors' code takes a block's area and shape from one random number and rounds, so that it may leave the ranges, and never
 reaches the grid's last row and column. Weights are Xavier's, the last layers of each block scaled down with its depth; the
 authors' code's standard deviation of 0.02 is too small for small networks. --recipe paper sets the published numbers (PAPER,
@@ -221,7 +222,7 @@ def arguments(argv=None):
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor (--recipe paper: 6, with --vit large and huge 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; with 2 it is 32 points worse, its Table 10)")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; on ImageNet 2 is 32 points worse, its Table 10; at 32 px 2 was better)")
     add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")

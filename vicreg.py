@@ -147,7 +147,7 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views (vicreg: blur above 64 px alone); crop: crops and flips alone")
+    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views (vicreg: blur only above 64 px); crop: only crops and flips")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else 0.08 with --augmentation vicreg and 0.3, as in S-JEA's authors' code, with the others)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
