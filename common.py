@@ -12,6 +12,8 @@ import itertools
 import json
 import math
 import os
+import pickletools
+import re
 import resource
 import shlex
 import signal
@@ -460,7 +462,7 @@ def upright_rgb(image):
     image.load()                               # damaged pixels end here; where the EXIF data alone is damaged, the image stays as it lies
     with suppress(Exception):
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
+    if image.mode == "F" or image.mode == "I" and not 0 <= np.asarray(image).min() <= np.asarray(image).max() <= 65535:
         raise ValueError("its 32-bit pixels have no known range")
     if image.mode.startswith("I"):             # 16-bit grey, which convert() would clip to 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -905,6 +907,13 @@ def gather(z):
     return torch.cat(parts)
 
 
+def check_same(device, *parts):
+    """Raise Unusable where the processes, on several machines say, find unequal numbers of images in `parts`."""
+    counts = gather(torch.tensor([[len(images) for images in parts]], device=device))       # [world, parts]
+    if (counts != counts[0]).any():
+        raise Unusable(f"argument --data-dir: the processes find {counts.unique(dim=0).tolist()} images; every machine needs all of the same")
+
+
 def average(value):
     """The mean of a tensor over all processes."""
     if dist.is_initialized():
@@ -1025,9 +1034,7 @@ def train(args, model, training_step, data, after_step=None):
     Returns the last features of data.train_images and data.test_images, each {level: [N, D]}, or None where no step was left to do.
     Raises Unusable before anything is written, RunFailed later; SIGINT and SIGTERM save, then exit with 130 or 143.
     """
-    counts = gather(torch.tensor([len(data.images)], device=args.device))
-    if counts.min() < counts.max():
-        raise Unusable(f"argument --data-dir: the processes find {counts.min()} to {counts.max()} training images; every machine needs all of the same")
+    check_same(args.device, data.images, data.train_images, data.test_images)
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
     if isinstance(data.images, torch.Tensor) and data.images.dtype != torch.uint8:
@@ -1315,7 +1322,8 @@ def write(path, save, keep=None):
         return
     aside = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "wb") as file:
+        aside.unlink(missing_ok=True)
+        with open(aside, "xb") as file:            # x: not through a link that a stranger left in the folder
             save(file)
             file.flush()
             os.fsync(file.fileno())
@@ -1331,6 +1339,7 @@ def write(path, save, keep=None):
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 LOGGED = {"epoch", "loss", "lr", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std"}
 OPTIONAL = {"knn", "curve"}                     # not in every row; "curve": the terms in tenths of the epoch
+PICKLED = "collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"    # what else torch lets in may ask for memory that is not in the file
 
 
 def load_checkpoint(path, method=None):
@@ -1345,10 +1354,17 @@ def load_checkpoint(path, method=None):
     logged = {"effective_rank": numbers, "feature_std": numbers, "knn": numbers, "curve": lists}    # by level, or term; all else is one number
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
-                raise ValueError("it unpacks to more than its own size")
             if archive.testzip():
                 raise ValueError("its bytes are not those that were written")
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":
+                raise ValueError("torch sees no archive in it")
+        reader = torch._C.PyTorchFileReader(str(path))                     # of a forged file torch may see other parts than zipfile
+        if sum(map(reader.get_record_size, reader.get_all_records())) > Path(path).stat().st_size:
+            raise ValueError("it unpacks to more than its own size")
+        for opcode, name, _ in pickletools.genops(reader.get_record("data.pkl")):
+            if "GLOBAL" in opcode.name and not re.fullmatch(PICKLED, str(name)):
+                raise ValueError(f"it is not made of numbers, text and tensors alone, but holds {name}")
         state = {"terms": {}, **torch.load(path, map_location="cpu", weights_only=True)}       # older ones have no terms
         log, terms = state.get("history"), state["terms"]
         if not (all(isinstance(state.get(name), kind) for name, kind in fields.items())
@@ -1409,6 +1425,7 @@ def draw_curves(logs):
 @torch.no_grad()
 def extract(model, images, args):
     """Representations {level: [N, D] float32} of images [N, 3, S, S] uint8, a tensor or a Stream, by the model in evaluation mode."""
+    check_same(args.device, images)
     training, features, done = model.training, {}, 0
     rank, world = process()
     n = math.ceil(len(images) / world)         # images of each process; the last one's share is filled up with the last image

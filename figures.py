@@ -98,7 +98,7 @@ def tsne(runs):
     for axis, (run, level) in zip(axes.flat, columns):
         points, (label, y) = embed(run.features[level]), next(iter(run.labels.items()))
         for c in y.unique().tolist():
-            axis.scatter(*points[y == c].T, s=9, label=f"{c}", **style(c))
+            axis.scatter(*points[(y == c).numpy()].T, s=9, label=f"{c}", **style(c))
         axis.set(title=f"{run.name}: level {level}, t-SNE by {label}")
     classes = {int(c): handle for axis in axes.flat for handle, c in zip(*axis.get_legend_handles_labels())}
     if len(classes) <= 100:                    # beyond, their styles repeat

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -508,6 +509,67 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(undisturbed,
         common.load_checkpoint(packed)
 
 
+def archive(path, state, method):
+    """torch.save(state), packed by zipfile: (its entries, its directory, how many)."""
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed := io.BytesIO(), "w", method) as again:
+        for entry in whole.infolist():
+            again.writestr(zipfile.ZipInfo(entry.filename), whole.read(entry), method)
+    packed = packed.getvalue()
+    number, size, start = struct.unpack("<HII", packed[-12:-2])
+    return packed[:start], packed[start:start + size], number
+
+
+def test_a_checkpoint_that_is_another_file_to_torch_is_refused(tmp_path):
+    """Two archives in one: zipfile reads the directory before the end record, torch the one at the place that the end record states."""
+    path = tmp_path / "checkpoint.pt"
+    (large, theirs, number), (small, ours, same) = (archive(path, {"w": torch.zeros(n)}, method) for n, method in ((10**7, zipfile.ZIP_DEFLATED), (1, zipfile.ZIP_STORED)))
+    assert number == same and len(theirs) == len(ours)
+    moved, at, back = bytearray(ours), 0, len(large) + len(theirs) - len(small) - len(ours) - len(large)
+    while at < len(moved):                         # zipfile adds to each entry's place what its directory lies behind the stated one
+        name, extra, comment = struct.unpack("<HHH", moved[at + 28:at + 34])
+        place, = struct.unpack("<I", moved[at + 42:at + 46])
+        moved[at + 42:at + 46] = struct.pack("<I", place + len(large) + len(theirs) - (len(theirs) + len(small)))
+        at += 46 + name + extra + comment
+    path.write_bytes(large + theirs + small + moved + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, number, number, len(ours), len(large), 0))
+    with zipfile.ZipFile(path) as seen:
+        assert seen.testzip() is None and sum(entry.file_size for entry in seen.infolist()) < 10**4
+    with pytest.raises(common.Unusable, match="unpacks to more than its own size"):
+        common.load_checkpoint(path)
+
+
+class Reserve:
+    """Unpickling this takes 100 MB, which torch allows."""
+    def __reduce__(self):
+        return bytearray, (10**8,)
+
+
+def test_a_checkpoint_that_asks_for_memory_is_refused_unread(tmp_path, monkeypatch):
+    torch.save({**STATE, "terms": Reserve()}, tmp_path / "checkpoint.pt")
+    monkeypatch.setattr(torch, "load", lambda *args, **more: pytest.fail("it was read"))
+    with pytest.raises(common.Unusable, match="holds .* bytearray"):
+        common.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_weights_that_share_their_memory_are_not_judged(undisturbed, tmp_path):
+    """All in one storage as large as the largest: a file of some numbers would make a model of any size."""
+    state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
+    storage = {dtype: torch.zeros(max(value.numel() for value in state["model"].values()), dtype=dtype) for dtype in (torch.float32, torch.int64)}
+    state["model"] = {name: storage[value.dtype][:value.numel()].view(value.shape) for name, value in state["model"].items()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(common.Unusable, match="its weights are not those of the encoder it names"):
+        eval_linear.load(tmp_path / "checkpoint.pt")
+
+
+def test_nothing_is_written_through_a_link(undisturbed, tmp_path):
+    """A stranger's folder may hold a link under the name of a file that is about to be written."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "eval.json.tmp").symlink_to(tmp_path / "mine")
+    common.write(tmp_path / "eval.json", lambda file: file.write(b"scores"))
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "eval.json").read_text() == "scores"
+    assert sorted(os.listdir(tmp_path)) == ["eval.json", "mine"]
+
+
 def test_a_checkpoint_does_not_decide_where_a_download_goes(undisturbed, tmp_path, monkeypatch, capfd):
     state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
     state["config"].update(dataset="cifar10", data_dir=str(tmp_path / "elsewhere"))
@@ -589,9 +651,9 @@ def test_nothing_but_bad_images_is_refused(tmp_path):
         load_folder(root, "--skip-bad-images")
 
 
-@pytest.mark.parametrize("pixels", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 10**6, np.int32)])
+@pytest.mark.parametrize("pixels", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 10**6, np.int32), np.full((8, 8), -5, np.int16)])
 def test_pixels_of_an_unknown_range_are_refused(pixels, tmp_path):
-    """A TIFF of floats or of 32-bit integers has no brightness that all agree on: better no image than a black one."""
+    """A TIFF of floats, of 32-bit or of negative integers has no brightness that all agree on: better no image than a black one."""
     root = folder_of(tmp_path / "data")
     (root / "train" / "cat" / "b.tif").write_bytes(encoded(Image.fromarray(pixels), "tiff"))
     with pytest.raises(common.Unusable, match="cannot read the image .*b.tif: its 32-bit pixels"):

@@ -131,6 +131,13 @@ def test_tsne_colours_every_image_by_its_class(runs):
         assert len({tuple(scatter.get_facecolor()[0]) for scatter in axis.collections}) == len(shown)
 
 
+def test_tsne_of_one_image(runs):
+    run = runs["sjea"]
+    one = dataclasses.replace(run, features={level: z[:1] for level, z in run.features.items()}, labels={name: y[:1] for name, y in run.labels.items()})
+    scatter, = figures.tsne([one]).axes[0].collections
+    assert scatter.get_offsets().tolist() == [[0.5, 0.5]]
+
+
 def test_tsne_of_two_datasets_has_one_legend_of_both(runs):
     other = dataclasses.replace(runs["ijepa"], labels={"class": torch.arange(60) % 12})
     for pair in ([runs["sjea"], other], [other, runs["sjea"]]):

@@ -282,16 +282,33 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     assert (tmp_path / "data" / "downloads").read_text() == "one "
 
 
-def unequal_data(argv):
-    """As script(), with one image less in the second process, as of another copy of the data."""
+def unequal_data(part, argv):
+    """As script(), with one image less of `part` in the second process, as of another copy of the data."""
     tiny = conftest.tiny_shapes
-    conftest.tiny_shapes = lambda args: tiny(args, 128 - common.process()[0])
+
+    def uneven(args):
+        data = tiny(args)
+        setattr(data, part, getattr(data, part)[common.process()[0]:])
+        return data
+
+    conftest.tiny_shapes = uneven
     script("vicreg", argv)
 
 
-def test_processes_with_unequal_data_are_refused(tmp_path):
-    assert run(unequal_data, 2, small("vicreg", "--batch-size", "32", "--out", str(tmp_path / "run"))) == [2, 2]
+@pytest.mark.parametrize("part", ["images", "train_images", "test_images"])
+def test_processes_with_unequal_data_are_refused(part, tmp_path):
+    assert run(unequal_data, 2, part, small("vicreg", "--batch-size", "32", "--out", str(tmp_path / "run"))) == [2, 2]
     assert not (tmp_path / "run").exists()
+
+
+def judge_unequal_data(folder):
+    """extract() of 9 and 10 images, whose halves, rounded up, are alike."""
+    args = importlib.import_module("vicreg").arguments(small("vicreg"))
+    common.command_line(lambda: common.extract(eval_linear.build(args), common.make_shapes(10, 32, 0)[0][common.process()[0]:], args))
+
+
+def test_processes_with_unequal_data_do_not_judge(tmp_path):
+    assert run(judge_unequal_data, 2, tmp_path) == [2, 2]
 
 
 def load_here(folder):
