@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -507,35 +506,6 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(undisturbed,
         archive.writestr("archive/bomb", bytes(10**8))
     with pytest.raises(common.Unusable, match="unpacks to more than its own size"):
         common.load_checkpoint(packed)
-
-
-def archive(path, state, method):
-    """torch.save(state), packed by zipfile: (its entries, its directory, how many)."""
-    torch.save(state, path)
-    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed := io.BytesIO(), "w", method) as again:
-        for entry in whole.infolist():
-            again.writestr(zipfile.ZipInfo(entry.filename), whole.read(entry), method)
-    packed = packed.getvalue()
-    number, size, start = struct.unpack("<HII", packed[-12:-2])
-    return packed[:start], packed[start:start + size], number
-
-
-def test_a_checkpoint_that_is_another_file_to_torch_is_refused(tmp_path):
-    """Two archives in one: zipfile reads the directory before the end record, torch the one at the place that the end record states."""
-    path = tmp_path / "checkpoint.pt"
-    (large, theirs, number), (small, ours, same) = (archive(path, {"w": torch.zeros(n)}, method) for n, method in ((10**7, zipfile.ZIP_DEFLATED), (1, zipfile.ZIP_STORED)))
-    assert number == same and len(theirs) == len(ours)
-    moved, at, back = bytearray(ours), 0, len(large) + len(theirs) - len(small) - len(ours) - len(large)
-    while at < len(moved):                         # zipfile adds to each entry's place what its directory lies behind the stated one
-        name, extra, comment = struct.unpack("<HHH", moved[at + 28:at + 34])
-        place, = struct.unpack("<I", moved[at + 42:at + 46])
-        moved[at + 42:at + 46] = struct.pack("<I", place + len(large) + len(theirs) - (len(theirs) + len(small)))
-        at += 46 + name + extra + comment
-    path.write_bytes(large + theirs + small + moved + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, number, number, len(ours), len(large), 0))
-    with zipfile.ZipFile(path) as seen:
-        assert seen.testzip() is None and sum(entry.file_size for entry in seen.infolist()) < 10**4
-    with pytest.raises(common.Unusable, match="unpacks to more than its own size"):
-        common.load_checkpoint(path)
 
 
 class Reserve:
