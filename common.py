@@ -463,7 +463,7 @@ def upright_rgb(image):
     with suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode == "I" and not 0 <= np.asarray(image).min() <= np.asarray(image).max() <= 65535:
-        raise ValueError("its 32-bit pixels have no known range")
+        raise ValueError("its pixels are no numbers from 0 to 65535")
     if image.mode.startswith("I"):             # 16-bit grey, which convert() would clip to 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

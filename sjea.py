@@ -50,10 +50,10 @@ The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its r
 which changes no term) are the authors' code's, where stack 1 still ends in its ResNet's classifier, a linear layer to 1000
 (measured in results/README.md). The authors' cosine would end only after 1.25 times the run, and they pre-train on 45,000 of
 the 50,000 images. The accuracy printed is of a classifier fitted to fixed features; eval_linear.py CHECKPOINT --augmented 200
-trains it on new crops and flips, as in their code. With both projectors stack 0 has 11.43 M parameters, stack 1, whose stem reads 512
-channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M. The defaults are made
-for minutes on two CPU cores: width 16, the optimizer Muon (in common.py), nu = 8 and, on the dataset shapes, crops of 0.8 of
-the image or more.
+trains it on new crops and flips, as in their code. With both projectors stack 0 has 11.43 M parameters, stack 1, whose stem
+reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M. The defaults
+are made for minutes on two CPU cores: width 16, the optimizer Muon (in common.py), nu = 8 and, on the dataset shapes, crops of
+0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F

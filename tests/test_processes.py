@@ -301,14 +301,14 @@ def test_processes_with_unequal_data_are_refused(part, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def judge_unequal_data(folder):
+def judge_unequal_data():
     """extract() of 9 and 10 images, whose halves, rounded up, are alike."""
     args = importlib.import_module("vicreg").arguments(small("vicreg"))
     common.command_line(lambda: common.extract(eval_linear.build(args), common.make_shapes(10, 32, 0)[0][common.process()[0]:], args))
 
 
-def test_processes_with_unequal_data_do_not_judge(tmp_path):
-    assert run(judge_unequal_data, 2, tmp_path) == [2, 2]
+def test_processes_with_unequal_data_do_not_judge():
+    assert run(judge_unequal_data, 2) == [2, 2]
 
 
 def load_here(folder):
