@@ -5,28 +5,32 @@ Mo, Tong 2024, https://arxiv.org/abs/2410.19560
     python cjepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python cjepa.py --ema 0 --beta-vicreg 0 --out runs/neither      # neither EMA nor VICReg
 
-An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large square that lie in none
-of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what the target encoder makes of the blocks, at B_i:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large
+square that lie in none of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what
+the target encoder makes of the blocks, at B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
-    s_hat(i) = predictor(s_x, where B_i lies)     features of the Nt patches of one block [B, Nt, D], for each i by itself
-    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss (default: smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
+    s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
+    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (default: 0.99 to 0.995)
 
-All this is that of ijepa.py, to the letter, whose docstring says how it differs from I-JEPA's paper. What C-JEPA adds to that L:
+All this is that of ijepa.py, to the letter, whose docstring says how it differs from I-JEPA's paper. What C-JEPA
+adds to that L:
 
     L_C-JEPA = L + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
-with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). Z and Z' [n, d] are means over patches, n images by
-d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in its authors' convention: s is divided by d as well,
-v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the mean of the patches right. Without an EMA
-and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1 does (README, question 16).
+with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). Z and Z' [n, d] are means over patches, n
+images by d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in its authors' convention: s
+is divided by d as well, v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the
+mean of the patches right. Without an EMA and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1
+does (README, question 16).
 
-This script was written from a review of the paper; the coefficients are the paper's as others quote them. The review does not say
-what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image has one crop; its views are the M
-predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the means of different blocks
-together. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of z [n, M, D].
+This script was written from a review of the paper; the coefficients are the paper's as others quote them. The
+review does not say what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image
+has one crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks,
+so that s draws the means of different blocks together. --views target: mean prediction, mean target. In the code Z
+and Z' are z_i and z_j, two of the M slices of z [n, M, D].
 """
 import copy
 import itertools
@@ -53,7 +57,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension has a spread of gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -66,10 +70,10 @@ def covariance(z):
 
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0, but for rounding, when no two dimensions are correlated.
     """
-    ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
+    ## Variance alone keeps each dimension alive but lets all of them say the same thing. This term spreads information
+    ## over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
     n, d = z.shape
-    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
+    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # z^T z is C(Z) [d, d], VICReg Eq. (3)
     # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
     squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
     variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
@@ -77,9 +81,10 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), in the convention of both papers' authors' code: s over n * d, half of v(Z) + v(Z').
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), as both papers' authors' code has it: s over n * d, half of v + v'.
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, {name: unweighted term}), all scalars.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32.
+    Returns (loss, {name: unweighted term}), all scalars.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -100,8 +105,8 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
         return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss, with --loss l2
-    ## Quadratic for errors below 1 and linear above. A low loss does not mean good features, only easily predicted ones:
-    ## watch k-NN instead, and effective_rank, which falls to 1 in a collapse.
+    ## Quadratic for errors below 1 and linear above. A low loss does not mean good features, only easily predicted
+    ## ones: watch k-NN instead, and effective_rank, which falls to 1 in a collapse.
     return F.smooth_l1_loss(s_hat, s_y)                                   # the default
 
 
@@ -111,11 +116,11 @@ ASPECT = (0.75, 1.5)                           # of a target block, height by wi
 
 
 def block_sizes(grid_size, scale, aspect):
-    """[(h, w), ...]: blocks with h w / grid_size^2 in scale and h / w in aspect, without full sides where others fit."""
+    """[(h, w), ...]: blocks with h w / grid_size^2 in scale, h / w in aspect, and no full side where others fit."""
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; "or sizes" is ours
+    return [size for size in sizes if max(size) < grid_size] or sizes     # in the authors' code there is no "or sizes"
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -123,33 +128,35 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
     h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
     top = torch.randint(grid_size - h + 1, (batch_size, count, 1, 1), generator=generator)
     left = torch.randint(grid_size - w + 1, (batch_size, count, 1, 1), generator=generator)
-    rows, columns = top + torch.arange(h)[:, None], left + torch.arange(w)                  # [B, count, h, 1], [B, count, 1, w]
+    rows, columns = top + torch.arange(h)[:, None], left + torch.arange(w)        # [B, count, h, 1], [B, count, 1, w]
     return (rows * grid_size + columns).flatten(2)                                          # [B, count, h w]
 
 
 def first_true(mask):
-    """mask [B, N] bool -> indices [B, Nc]: per image those of the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the context encoder
-    ## seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch
-    ## of 128 (the paper's table: 0.25): it depends on the batch size (in the authors' code on each GPU's).
+    """mask [B, N] bool -> indices [B, Nc]: per image the first Nc that are True, Nc the smallest count in the batch."""
+    ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
+    ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
+    ## 0.26 after the cut in a batch of 128 (the paper: 0.25): it depends on the batch size (the authors': each GPU's).
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
-def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
-    """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks to predict and what they leave of one large square.
+def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
+    """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    The target blocks of a batch have one size, each its own place; so have the squares. Indices are row-major, on grid_size^2 patches.
+    The blocks of a batch have one size, each its own place; so have the squares. Indices are row-major, of all patches.
     """
-    targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
-    square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
-    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would give the answer away. (On 8 x 8 patches the square is the whole image: 7 x 7 are less than 0.85.)
+    sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
+    targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]
+    square = place_blocks(batch_size, 1, squares, grid_size, generator)[:, 0]
+    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square, True)
+    ## A context patch inside a target would give the answer away. (On 8 x 8 patches the square is the whole image:
+    ## 7 x 7 are less than 0.85.)
     context.scatter_(1, targets.flatten(1), False)
     return first_true(context), targets                                   # I-JEPA masks: B_x
 
 
 def rasterized_masks(batch_size, grid_size, generator=None):
-    """One quadrant, drawn per image, is the context [B, N / 4], the others are the targets [B, 3, N / 4]. grid_size is even."""
+    """A quadrant, drawn per image, is the context [B, N / 4], the others the targets [B, 3, N / 4]. The grid is even."""
     half = grid_size // 2
     quadrants = torch.arange(grid_size**2).view(2, half, 2, half).transpose(1, 2).reshape(4, -1)    # [4, N / 4]
     order = torch.rand(batch_size, 4, generator=generator).argsort(1)
@@ -157,7 +164,7 @@ def rasterized_masks(batch_size, grid_size, generator=None):
 
 
 def block_masks(batch_size, grid_size, generator=None):
-    """One block of 0.55 to 0.65 of the image (the paper: 0.6) is the target [B, 1, Nt], all the rest the context [B, N - Nt]."""
+    """One block, 0.55 to 0.65 of the image (paper: 0.6), is the target [B, 1, Nt], the rest the context [B, N - Nt]."""
     target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), ASPECT), grid_size, generator)
     return first_true(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
 
@@ -172,14 +179,16 @@ def draw_masks(args, batch_size, generator):
     """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU, which must know their shapes."""
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
-        return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
-    return {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking](batch_size, grid_size, generator)
+        M, target_scale, context_scale = args.num_targets, args.target_scale, args.context_scale
+        return multiblock_masks(batch_size, grid_size, generator, M, target_scale, context_scale)
+    masks = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking]
+    return masks(batch_size, grid_size, generator)
 
 
 # ---- model ----------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow ViT: predicts the features of a target block from the context's features and the block's positions. Here d is its width."""
+    """A narrow ViT, its width d: predicts a target block's features from the context's and the block's positions."""
 
     def __init__(self, args, D, out_features):
         super().__init__()
@@ -193,12 +202,12 @@ class Predictor(nn.Module):
     def forward(self, s_x, context, targets):
         """s_x [B, Nc, D], context [B, Nc], targets [B, M, Nt] -> predictions [B, M, Nt, out_features]."""
         B, M, Nt = targets.shape
-        known = self.embed(s_x) + self.position[context]                                    # s_x with its places [B, Nc, d]
-        asked = self.mask_token + self.position[targets]                                    # mask tokens with theirs [B, M, Nt, d]
+        known = self.embed(s_x) + self.position[context]                  # s_x with its places  [B, Nc, d]
+        asked = self.mask_token + self.position[targets]                  # mask tokens with theirs  [B, M, Nt, d]
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                                     # [B M, Nc + Nt, d]
-        predicted = self.blocks[-1](tokens, last=Nt)                      # only the block's Nt outputs are read  [B M, Nt, d]
+        predicted = self.blocks[-1](tokens, last=Nt)                      # the block's outputs alone  [B M, Nt, d]
         return self.project(self.norm(predicted)).unflatten(0, (B, M))    # I-JEPA predictor  [B, M, Nt, out_features]
 
 
@@ -214,11 +223,11 @@ class JEPA(nn.Module):
         self.predictor = Predictor(args, D, 3 * args.patch_size**2 if self.pixels else D)
 
     def forward(self, y, context, targets):
-        """Images y [B, 3, H, W], context B_x [B, Nc], targets B_i [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
+        """Images y [B, 3, H, W], B_x context [B, Nc], B_i targets [B, M, Nt] -> s_hat [B, M, Nt, D], s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
-            s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]; pixels: [B, N, 3 p p]
+            s_y = F.layer_norm(s_y, s_y.shape[-1:])                       # [B, N, D]; pixels: [B, N, 3 p p]
         s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
 
@@ -230,24 +239,24 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features to watch), for common.train's loop."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
-    y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # seeded like generator, which common.train reseeds at every step
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes' images, so that all have the same Nc
-    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
-    s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
-    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # pooled predictions, for the log and C-JEPA [n, M, D]; under torchrun n = B x processes
+    y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # of this step: common.train reseeds
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: they share one Nc
+    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
+    s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
+    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]
+    z = common.gather(s_hat.float().mean(2))                              # mean predictions, of all processes [n, M, D]
     terms = {"prediction": loss}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     if args.views == "blocks":
         pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [n, D]
     else:
-        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]     # the target has no gradient: its v and c are constants
-    ## With --views blocks the M predictions of an image are its views, which no one had to design. s makes their means agree, v keeps
-    ## those of different images apart, c keeps dimensions from saying the same.
-    losses, parts = zip(*(vicreg_loss(z_i, z_j, lambda_=args.beta_sim, mu=args.beta_std, nu=args.beta_cov) for z_i, z_j in pairs))
+        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]  # Z' has no gradient: v, c are constant
+    ## With --views blocks the M predictions of an image are its views, which no one had to design. s makes their means
+    ## agree, v keeps those of different images apart, c keeps dimensions from saying the same.
+    losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
     loss = loss + args.beta_vicreg * sum(losses) / len(pairs)             # C-JEPA loss
     terms |= {name: sum(part[name] for part in parts) / len(pairs) for name in parts[0]}
     return loss, terms, watched
@@ -255,10 +264,11 @@ def training_step(model, images, args, generator):
 
 @torch.no_grad()
 def update_target(model, args, progress):
-    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1; with args.ema = 0 it stays 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift towards one
-    ## constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some 250 steps, and was chosen
-    ## for runs of some 375,000. An m that ends at 1, as published, slows the target down too soon in a run of a few thousand steps.
+    """The EMA, after each step: m goes linearly from args.ema at progress 0 to args.ema_end at 1; an m of 0 stays 0."""
+    ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
+    ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
+    ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
+    ## soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -267,34 +277,36 @@ def update_target(model, args, progress):
 # ---- arguments ------------------------------------------------------------------------------
 
 # ViT-B/16. --lr is for a batch of 256: the peak is 1.25e-4 x 2048 / 256 = 1e-3 (by default 32e-3 x 32 / 256 = 4e-3).
-PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")
+PAPER = dict(vit="base", patch_size=16, image_size=224, predictor_depth=6, num_targets=4, crop_min=0.3,
+             batch_size=2048, epochs=600, warmup_epochs=15, optimizer="adamw", lr=1.25e-4,
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0)
 
 
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="which defaults: for small images, or I-JEPA's published ones for ViT-B/16 (PAPER, in this file)")
+    add("--recipe", choices=("small", "paper"), default="small", help="whose defaults: ours for small images, or PAPER's, in this file")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
-    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor (--recipe paper: 6, with --vit large and huge 12)")
+    add("--predictor-depth", type=number(int, 1, 64), default=3, help="the predictor's blocks (--recipe paper: 6; large, huge: 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; on ImageNet 2 is 32 points worse, its Table 10; at 32 px 2 was better)")
-    add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
-    add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; at 32 px 2 was better)")
+    scale = dict(type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"))
+    add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
+    add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
-    add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the three VICReg terms together (with --loss l2, a sum, the same weight counts far less); 0 is I-JEPA")
+    add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the VICReg terms together; 0 is I-JEPA; counts far less with --loss l2")
     add("--beta-sim", type=number(float, 0), default=25.0, help="weight of s, the invariance term, among the three")
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
-    add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': the mean predictions for an image's blocks, pairwise; or their mean and the mean target")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW (--lr: 0.032 or 0.016; --recipe paper: 1.25e-4 for both)")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8, with --recipe paper 0.3)")
-    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant; --recipe paper: 0.4)")
+    add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': mean predictions of two blocks; or of all, and the mean target")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon, or the paper's adamw (default --lr: 0.016; PAPER: 1.25e-4)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the paper's 0.3; shapes: 0.8)")
+    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step (default: constant; --recipe paper: 0.4)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
     given = parser.given(argv)                                           # three flags change the defaults of others
     if given.optimizer == "adamw":
@@ -317,22 +329,29 @@ def arguments(argv=None):
 
 def check_grid(args):
     """Raises Unusable where the sizes of image, patches, predictor and masks do not fit together."""
-    if args.image_size % args.patch_size:
-        raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
-    (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size
-    if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > width:
-        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads, at most {width}, the encoder's width")
+    size, p, d = args.image_size, args.patch_size, args.predictor_width
+    if size % p:
+        raise common.Unusable(f"argument --patch-size: {p} does not divide the image size {size}")
+    (width, _, heads), grid_size = common.VITS[args.vit], size // p
+    grid = f"grid of {grid_size} x {grid_size} patches"
+    if d % heads or d % 4 or d > width:
+        raise common.Unusable(f"argument --predictor-width: {d} is not a multiple of 4 and of the {heads} heads, "
+                              f"at most {width}, the encoder's width")
     if grid_size < 2 or args.masking == "rasterized" and grid_size % 2:
-        raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
-    wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},
+        raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a {grid}")
+    wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT),
+                             "--context-scale": (args.context_scale, (1, 1))},
               "block": {"--masking block": ((0.55, 0.65), ASPECT)}}.get(args.masking, {})
     area = {flag: [h * w for h, w in block_sizes(grid_size, scale, aspect)] for flag, (scale, aspect) in wanted.items()}
     for flag, (scale, aspect) in wanted.items():
         if not area[flag]:
-            raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} of them "
-                                  f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")
-    if args.masking == "multiblock" and args.num_targets * max(area["--target-scale"]) >= min(area["--context-scale"]):
-        raise common.Unusable(f"argument --num-targets: {args.num_targets} blocks of --target-scale {args.target_scale[1]} can cover the whole context")
+            raise common.Unusable(f"argument {flag}: a {grid} has no block with {scale[0]} to {scale[1]} of them "
+                                  f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size "
+                                  "or a wider range")
+    M = args.num_targets
+    if args.masking == "multiblock" and M * max(area["--target-scale"]) >= min(area["--context-scale"]):
+        raise common.Unusable(f"argument --num-targets: {M} blocks of --target-scale {args.target_scale[1]} "
+                              "can cover the whole context")
 
 
 # ---- main -----------------------------------------------------------------------------------

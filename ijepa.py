@@ -5,30 +5,33 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
-An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large square that lie in none
-of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what the target encoder makes of the blocks, at B_i:
+An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large
+square that lie in none of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what
+the target encoder makes of the blocks, at B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
-    s_hat(i) = predictor(s_x, where B_i lies)     features of the Nt patches of one block [B, Nt, D], for each i by itself
-    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2          the loss (default: smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder,    m from 0.996 to 1 (here 0.99 to 0.995)   the EMA
+    s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
+    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (default: 0.99 to 0.995)
 
-The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and s_hat; its mask tokens m_j are
-`asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is told beside s_x, is where B_i lies; z in the code is
-the mean prediction. In shapes B is the number of images and D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i
-are sets of indices, and in the loss D is the paper's distance.
+The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and
+s_hat; its mask tokens m_j are `asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is
+told beside s_x, is where B_i lies; z in the code is the mean prediction. In shapes B is the number of images and D
+that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i are sets of indices, and in the loss D is
+the paper's distance.
 
-Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is layer-normed; crops
-without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe paper, too (--loss l2: the paper's
-sum). A block's size is drawn among the whole-patch rectangles in the published ranges; none spans a full side unless
-nothing else fits, so the context square is the whole image up to 12 x 12 patches, all but one row and column up to 25 x 25. The
-authors' code takes a block's area and shape from one random number and rounds, so that it may leave the ranges, and never
-reaches the grid's last row and column. Weights are Xavier's, the last layers of each block scaled down with its depth; the
-authors' code's standard deviation of 0.02 is too small for small networks. --recipe paper sets the published numbers (PAPER,
-below), with a warm-up from near 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not linearly; its contexts
-are cut to the smallest of the whole batch, not of one GPU's part of it, and so are smaller. The
-defaults, such as M = 2 and the optimizer Muon (README), were chosen by measurement at 32 px on two CPU cores.
+Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is
+layer-normed; crops without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe
+paper, too (--loss l2: the paper's sum). A block's size is drawn among the whole-patch rectangles in the published
+ranges; none spans a full side unless nothing else fits, so the context square is the whole image up to 12 x 12
+patches, all but one row and column up to 25 x 25. The authors' code takes a block's area and shape from one random
+number and rounds, so that it may leave the ranges, and never reaches the grid's last row and column. Weights are
+Xavier's, the last layers of each block scaled down with its depth; the authors' code's standard deviation of 0.02
+is too small for small networks. --recipe paper sets the published numbers (PAPER, below), with a warm-up from near
+0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not linearly; its contexts are cut to the
+smallest of the whole batch, not of one GPU's part of it, and so are smaller. The defaults, such as M = 2 and the
+optimizer Muon (README), were chosen by measurement at 32 px on two CPU cores.
 """
 import copy
 
@@ -51,8 +54,8 @@ def prediction_loss(s_hat, s_y, kind="smooth_l1"):
     s_hat, s_y = (s.to(torch.promote_types(s.dtype, torch.float32)) for s in (s_hat, s_y))
     if kind == "l2":
         return (s_hat - s_y).pow(2).sum(dim=(2, 3)).mean()                # I-JEPA loss, with --loss l2
-    ## Quadratic for errors below 1 and linear above. A low loss does not mean good features, only easily predicted ones:
-    ## watch k-NN instead, and effective_rank, which falls to 1 in a collapse.
+    ## Quadratic for errors below 1 and linear above. A low loss does not mean good features, only easily predicted
+    ## ones: watch k-NN instead, and effective_rank, which falls to 1 in a collapse.
     return F.smooth_l1_loss(s_hat, s_y)                                   # the default
 
 
@@ -62,11 +65,11 @@ ASPECT = (0.75, 1.5)                           # of a target block, height by wi
 
 
 def block_sizes(grid_size, scale, aspect):
-    """[(h, w), ...]: blocks with h w / grid_size^2 in scale and h / w in aspect, without full sides where others fit."""
+    """[(h, w), ...]: blocks with h w / grid_size^2 in scale, h / w in aspect, and no full side where others fit."""
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # no full side, as in the authors' code; "or sizes" is ours
+    return [size for size in sizes if max(size) < grid_size] or sizes     # in the authors' code there is no "or sizes"
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -74,33 +77,35 @@ def place_blocks(batch_size, count, sizes, grid_size, generator):
     h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
     top = torch.randint(grid_size - h + 1, (batch_size, count, 1, 1), generator=generator)
     left = torch.randint(grid_size - w + 1, (batch_size, count, 1, 1), generator=generator)
-    rows, columns = top + torch.arange(h)[:, None], left + torch.arange(w)                  # [B, count, h, 1], [B, count, 1, w]
+    rows, columns = top + torch.arange(h)[:, None], left + torch.arange(w)        # [B, count, h, 1], [B, count, 1, w]
     return (rows * grid_size + columns).flatten(2)                                          # [B, count, h w]
 
 
 def first_true(mask):
-    """mask [B, N] bool -> indices [B, Nc]: per image those of the first Nc patches that are True, Nc the smallest number in the batch."""
-    ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the context encoder
-    ## seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and 0.26 after the cut in a batch
-    ## of 128 (the paper's table: 0.25): it depends on the batch size (in the authors' code on each GPU's).
+    """mask [B, N] bool -> indices [B, Nc]: per image the first Nc that are True, Nc the smallest count in the batch."""
+    ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
+    ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
+    ## 0.26 after the cut in a batch of 128 (the paper: 0.25): it depends on the batch size (the authors': each GPU's).
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
-def multiblock_masks(batch_size, grid_size, generator=None, num_targets=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
-    """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks to predict and what they leave of one large square.
+def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
+    """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    The target blocks of a batch have one size, each its own place; so have the squares. Indices are row-major, on grid_size^2 patches.
+    The blocks of a batch have one size, each its own place; so have the squares. Indices are row-major, of all patches.
     """
-    targets = place_blocks(batch_size, num_targets, block_sizes(grid_size, target_scale, ASPECT), grid_size, generator)  # I-JEPA masks: B_i
-    square = place_blocks(batch_size, 1, block_sizes(grid_size, context_scale, (1, 1)), grid_size, generator)
-    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square[:, 0], True)
-    ## A context patch inside a target would give the answer away. (On 8 x 8 patches the square is the whole image: 7 x 7 are less than 0.85.)
+    sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
+    targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]
+    square = place_blocks(batch_size, 1, squares, grid_size, generator)[:, 0]
+    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square, True)
+    ## A context patch inside a target would give the answer away. (On 8 x 8 patches the square is the whole image:
+    ## 7 x 7 are less than 0.85.)
     context.scatter_(1, targets.flatten(1), False)
     return first_true(context), targets                                   # I-JEPA masks: B_x
 
 
 def rasterized_masks(batch_size, grid_size, generator=None):
-    """One quadrant, drawn per image, is the context [B, N / 4], the others are the targets [B, 3, N / 4]. grid_size is even."""
+    """A quadrant, drawn per image, is the context [B, N / 4], the others the targets [B, 3, N / 4]. The grid is even."""
     half = grid_size // 2
     quadrants = torch.arange(grid_size**2).view(2, half, 2, half).transpose(1, 2).reshape(4, -1)    # [4, N / 4]
     order = torch.rand(batch_size, 4, generator=generator).argsort(1)
@@ -108,7 +113,7 @@ def rasterized_masks(batch_size, grid_size, generator=None):
 
 
 def block_masks(batch_size, grid_size, generator=None):
-    """One block of 0.55 to 0.65 of the image (the paper: 0.6) is the target [B, 1, Nt], all the rest the context [B, N - Nt]."""
+    """One block, 0.55 to 0.65 of the image (paper: 0.6), is the target [B, 1, Nt], the rest the context [B, N - Nt]."""
     target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), ASPECT), grid_size, generator)
     return first_true(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
 
@@ -123,14 +128,16 @@ def draw_masks(args, batch_size, generator):
     """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU, which must know their shapes."""
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
-        return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
-    return {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking](batch_size, grid_size, generator)
+        M, target_scale, context_scale = args.num_targets, args.target_scale, args.context_scale
+        return multiblock_masks(batch_size, grid_size, generator, M, target_scale, context_scale)
+    masks = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking]
+    return masks(batch_size, grid_size, generator)
 
 
 # ---- model ----------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow ViT: predicts the features of a target block from the context's features and the block's positions. Here d is its width."""
+    """A narrow ViT, its width d: predicts a target block's features from the context's and the block's positions."""
 
     def __init__(self, args, D, out_features):
         super().__init__()
@@ -144,12 +151,12 @@ class Predictor(nn.Module):
     def forward(self, s_x, context, targets):
         """s_x [B, Nc, D], context [B, Nc], targets [B, M, Nt] -> predictions [B, M, Nt, out_features]."""
         B, M, Nt = targets.shape
-        known = self.embed(s_x) + self.position[context]                                    # s_x with its places [B, Nc, d]
-        asked = self.mask_token + self.position[targets]                                    # mask tokens with theirs [B, M, Nt, d]
+        known = self.embed(s_x) + self.position[context]                  # s_x with its places  [B, Nc, d]
+        asked = self.mask_token + self.position[targets]                  # mask tokens with theirs  [B, M, Nt, d]
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                                     # [B M, Nc + Nt, d]
-        predicted = self.blocks[-1](tokens, last=Nt)                      # only the block's Nt outputs are read  [B M, Nt, d]
+        predicted = self.blocks[-1](tokens, last=Nt)                      # the block's outputs alone  [B M, Nt, d]
         return self.project(self.norm(predicted)).unflatten(0, (B, M))    # I-JEPA predictor  [B, M, Nt, out_features]
 
 
@@ -165,11 +172,11 @@ class JEPA(nn.Module):
         self.predictor = Predictor(args, D, 3 * args.patch_size**2 if self.pixels else D)
 
     def forward(self, y, context, targets):
-        """Images y [B, 3, H, W], context B_x [B, Nc], targets B_i [B, M, Nt] -> predictions s_hat [B, M, Nt, D], target features s_y [B, N, D]."""
+        """Images y [B, 3, H, W], B_x context [B, Nc], B_i targets [B, M, Nt] -> s_hat [B, M, Nt, D], s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
-            s_y = F.layer_norm(s_y, s_y.shape[-1:])                                         # [B, N, D]; pixels: [B, N, 3 p p]
+            s_y = F.layer_norm(s_y, s_y.shape[-1:])                       # [B, N, D]; pixels: [B, N, 3 p p]
         s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
 
@@ -181,15 +188,15 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose effective rank is logged) for common.train, which has the loop over batches and the optimizer's step."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features to watch), for common.train's loop."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
-    y = common.augment(images, crop, args.image_size, generator)                            # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())                 # seeded like generator, which common.train reseeds at every step
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)              # for all processes' images, so that all have the same Nc
-    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)     # this process's: [B, Nc], [B, M, Nt]
-    s_hat, s_y = model(y, context, targets)                                                 # [B, M, Nt, D], [B, N, D]
-    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)                            # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # pooled predictions, for the log and C-JEPA [n, M, D]; under torchrun n = B x processes
+    y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # of this step: common.train reseeds
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: they share one Nc
+    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
+    s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
+    loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]
+    z = common.gather(s_hat.float().mean(2))                              # mean predictions, of all processes [n, M, D]
     terms = {"prediction": loss}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     return loss, terms, watched
@@ -197,10 +204,11 @@ def training_step(model, images, args, generator):
 
 @torch.no_grad()
 def update_target(model, args, progress):
-    """The EMA, after each step: m goes linearly from args.ema to args.ema_end as progress goes from 0 to 1; with args.ema = 0 it stays 0."""
-    ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift towards one
-    ## constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some 250 steps, and was chosen
-    ## for runs of some 375,000. An m that ends at 1, as published, slows the target down too soon in a run of a few thousand steps.
+    """The EMA, after each step: m goes linearly from args.ema at progress 0 to args.ema_end at 1; an m of 0 stays 0."""
+    ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
+    ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
+    ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
+    ## soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -209,29 +217,31 @@ def update_target(model, args, progress):
 # ---- arguments ------------------------------------------------------------------------------
 
 # ViT-B/16. --lr is for a batch of 256: the peak is 1.25e-4 x 2048 / 256 = 1e-3 (by default 32e-3 x 32 / 256 = 4e-3).
-PAPER = dict(vit="base", patch_size=16, image_size=224, batch_size=2048, epochs=600, warmup_epochs=15, lr=1.25e-4,
-             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0, crop_min=0.3, predictor_depth=6, num_targets=4, optimizer="adamw")
+PAPER = dict(vit="base", patch_size=16, image_size=224, predictor_depth=6, num_targets=4, crop_min=0.3,
+             batch_size=2048, epochs=600, warmup_epochs=15, optimizer="adamw", lr=1.25e-4,
+             weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0)
 
 
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="which defaults: for small images, or I-JEPA's published ones for ViT-B/16 (PAPER, in this file)")
+    add("--recipe", choices=("small", "paper"), default="small", help="whose defaults: ours for small images, or PAPER's, in this file")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
-    add("--predictor-depth", type=number(int, 1, 64), default=3, help="transformer blocks of the predictor (--recipe paper: 6, with --vit large and huge 12)")
+    add("--predictor-depth", type=number(int, 1, 64), default=3, help="the predictor's blocks (--recipe paper: 6; large, huge: 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; on ImageNet 2 is 32 points worse, its Table 10; at 32 px 2 was better)")
-    add("--target-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
-    add("--context-scale", type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"), default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; at 32 px 2 was better)")
+    scale = dict(type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"))
+    add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
+    add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="Muon, or the paper's AdamW (--lr: 0.032 or 0.016; --recipe paper: 1.25e-4 for both)")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the published 0.3; shapes: 0.8, with --recipe paper 0.3)")
-    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step, reached by a cosine (default: constant; --recipe paper: 0.4)")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon, or the paper's adamw (default --lr: 0.016; PAPER: 1.25e-4)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the paper's 0.3; shapes: 0.8)")
+    add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step (default: constant; --recipe paper: 0.4)")
     common.add_common_arguments(parser, method="ijepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
     given = parser.given(argv)                                           # three flags change the defaults of others
     if given.optimizer == "adamw":
@@ -252,22 +262,29 @@ def arguments(argv=None):
 
 def check_grid(args):
     """Raises Unusable where the sizes of image, patches, predictor and masks do not fit together."""
-    if args.image_size % args.patch_size:
-        raise common.Unusable(f"argument --patch-size: {args.patch_size} does not divide the image size {args.image_size}")
-    (width, _, heads), grid_size = common.VITS[args.vit], args.image_size // args.patch_size
-    if args.predictor_width % heads or args.predictor_width % 4 or args.predictor_width > width:
-        raise common.Unusable(f"argument --predictor-width: {args.predictor_width} is not a multiple of 4 and of the {heads} heads, at most {width}, the encoder's width")
+    size, p, d = args.image_size, args.patch_size, args.predictor_width
+    if size % p:
+        raise common.Unusable(f"argument --patch-size: {p} does not divide the image size {size}")
+    (width, _, heads), grid_size = common.VITS[args.vit], size // p
+    grid = f"grid of {grid_size} x {grid_size} patches"
+    if d % heads or d % 4 or d > width:
+        raise common.Unusable(f"argument --predictor-width: {d} is not a multiple of 4 and of the {heads} heads, "
+                              f"at most {width}, the encoder's width")
     if grid_size < 2 or args.masking == "rasterized" and grid_size % 2:
-        raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a grid of {grid_size} x {grid_size} patches")
-    wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT), "--context-scale": (args.context_scale, (1, 1))},
+        raise common.Unusable(f"argument --masking: {args.masking} finds no context and targets on a {grid}")
+    wanted = {"multiblock": {"--target-scale": (args.target_scale, ASPECT),
+                             "--context-scale": (args.context_scale, (1, 1))},
               "block": {"--masking block": ((0.55, 0.65), ASPECT)}}.get(args.masking, {})
     area = {flag: [h * w for h, w in block_sizes(grid_size, scale, aspect)] for flag, (scale, aspect) in wanted.items()}
     for flag, (scale, aspect) in wanted.items():
         if not area[flag]:
-            raise common.Unusable(f"argument {flag}: a grid of {grid_size} x {grid_size} patches has no block with {scale[0]} to {scale[1]} of them "
-                                  f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size or a wider range")
-    if args.masking == "multiblock" and args.num_targets * max(area["--target-scale"]) >= min(area["--context-scale"]):
-        raise common.Unusable(f"argument --num-targets: {args.num_targets} blocks of --target-scale {args.target_scale[1]} can cover the whole context")
+            raise common.Unusable(f"argument {flag}: a {grid} has no block with {scale[0]} to {scale[1]} of them "
+                                  f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size "
+                                  "or a wider range")
+    M = args.num_targets
+    if args.masking == "multiblock" and M * max(area["--target-scale"]) >= min(area["--context-scale"]):
+        raise common.Unusable(f"argument --num-targets: {M} blocks of --target-scale {args.target_scale[1]} "
+                              "can cover the whole context")
 
 
 # ---- main -----------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
     python sjea.py                                    # ten shapes, made on the fly, minutes on a laptop
     python sjea.py --stacks 2 --dataset stl10         # two stacks are the default
 
-A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map* before
-pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops over stacks, so its
-names keep only the view: z_1 is first z0_1, then z1_1. For both views x_k = t_k(x), k = 1, 2, of a batch x of n = B images, each
-image with a draw of its own (in the code t_k is what is drawn from, the paper's T):
+A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map*
+before pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops
+over stacks, so its names keep only the view: z_1 is first z0_1, then z1_1. For both views x_k = t_k(x), k = 1, 2,
+of a batch x of n = B images, each image with its own draw (in the code t_k is what it is drawn from, the paper's T):
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
@@ -18,9 +18,10 @@ image with a draw of its own (in the code t_k is what is drawn from, the paper's
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
-h is the "projector" or "expander", y the "representation" (pooled, where it is judged); only section 3.2 mentions pooling. C is 8 x
-width (ResNet-18): 128 by default, 512 in the paper; at 32 px stack 1 reads maps of m = 4 and makes maps of m' = 1. The loss l of a
-stack, as in the papers (in the code s is divided by d and the sum of v halved, see below):
+h is the "projector" or "expander", y the "representation" (pooled, where it is judged); only section 3.2 mentions
+pooling. C is 8 x width (ResNet-18): 128 by default, 512 in the paper; at 32 px stack 1 reads maps of m = 4 and
+makes maps of m' = 1. The loss l of a stack, as in the papers (in the code s is divided by d and the sum of v
+halved, see below):
 
     S-JEA Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
@@ -28,32 +29,37 @@ stack, as in the papers (in the code s is divided by d and the sum of v halved, 
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), gamma = 1
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Cov(Z) is C(Z) in the code, where shapes have C for channels. Algorithm 1's i_loss is s; its v_loss and c_loss are the sums in
-brackets; upsilon is nu; Table 2's "S-JEA : 1" and ": 2" are stacks 0 and 1. VICReg's and S-JEA's authors' code divides s by d,
-too, and halves v_loss, and so does this one: the coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8.
+Cov(Z) is C(Z) in the code, where shapes have C for channels. Algorithm 1's i_loss is s; its v_loss and c_loss are
+the sums in brackets; upsilon is nu; Table 2's "S-JEA : 1" and ": 2" are stacks 0 and 1. VICReg's and S-JEA's
+authors' code divides s by d, too, and halves v_loss, and so does this one: the coefficients (25, 25, 1) of section
+3.2 belong to that. The default nu is 8.
 
-Slips in the paper: f2(y1_1) in Algorithm 1 is f2(y0_1), f_theta(X2) in section 3.1 is f_theta(V2). Figure 1 mentions a weighted
-sum of the losses: --stack-weights, all 1 by default. Section 4.3 has a stack that reads the projector's embeddings; in the
-authors' published code (AlzbetaM/S-JEA) stack 1 does, as an image of 16 x 16 with one channel. Here, as in section 3.2, it
-always reads the map y0. Section 4.4's "higher k-NN accuracy" of the higher stack is not Table 1's: there it is lower.
-Section 4.1's "outperforms base VICReg" holds in Table 1 for stack 0; for stack 1 in CIFAR-10's linear accuracy alone.
+Slips in the paper: f2(y1_1) in Algorithm 1 is f2(y0_1), f_theta(X2) in section 3.1 is f_theta(V2). Figure 1
+mentions a weighted sum of the losses: --stack-weights, all 1 by default. Section 4.3 has a stack that reads the
+projector's embeddings; in the authors' published code (AlzbetaM/S-JEA) stack 1 does, as an image of 16 x 16 with
+one channel. Here, as in section 3.2, it always reads the map y0. Section 4.4's "higher k-NN accuracy" of the higher
+stack is not Table 1's: there it is lower. Section 4.1's "outperforms base VICReg" holds in Table 1 for stack 0; for
+stack 1 in CIFAR-10's linear accuracy alone.
 
-The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1 would have
-a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of vicreg.py, on a CPU bit for bit.
+The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1
+would have a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of
+vicreg.py, on a CPU bit for bit.
 
-The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate: --lr is for a batch of 256, 0.002 for 1e-3):
+The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate: --lr is for a batch of 256,
+0.002 for 1e-3):
 
-    python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 --optimizer adamw --batch-size 128 --lr 0.002 --weight-decay 0 --warmup-epochs 1
+    python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 \\
+        --optimizer adamw --batch-size 128 --lr 0.002 --weight-decay 0 --warmup-epochs 1
 
---projectors 10 is a projector on stack 0 and none on stack 1: Table 1's figures on CIFAR-10 are those of this column of Table
-3; Algorithm 1, and the default here, has both. Batch size, crops and stack 0's projector (but for a bias in its last layer,
-which changes no term) are the authors' code's, where stack 1 still ends in its ResNet's classifier, a linear layer to 1000
-(measured in results/README.md). The authors' cosine would end only after 1.25 times the run, and they pre-train on 45,000 of
-the 50,000 images. The accuracy printed is of a classifier fitted to fixed features; eval_linear.py CHECKPOINT --augmented 200
-trains it on new crops and flips, as in their code. With both projectors stack 0 has 11.43 M parameters, stack 1, whose stem
-reads 512 channels, 11.73 M, together 23.16 M (Table 2: VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M. The defaults
-are made for minutes on two CPU cores: width 16, the optimizer Muon (in common.py), nu = 8 and, on the dataset shapes, crops of
-0.8 of the image or more.
+--projectors 10 is a projector on stack 0 and none on stack 1: Table 1's figures on CIFAR-10 are those of this
+column of Table 3; Algorithm 1, and the default here, has both. Batch size, crops and stack 0's projector (but for a
+bias in its last layer, which changes no term) are the authors' code's, where stack 1 still ends in its ResNet's
+classifier, a linear layer to 1000 (measured in results/README.md). The authors' cosine would end only after 1.25
+times the run, and they pre-train on 45,000 of the 50,000 images. The accuracy printed is of a classifier fitted to
+fixed features; eval_linear.py CHECKPOINT --augmented 200 trains it on new crops and flips, as in their code. With
+both projectors stack 0 has 11.43 M parameters, stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M
+(Table 2: VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M. The defaults are made for minutes on two CPU
+cores: width 16, the optimizer Muon (in common.py), nu = 8 and, on shapes, crops of 0.8 of the image or more.
 """
 import torch
 import torch.nn.functional as F
@@ -77,7 +83,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension has a spread of gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -90,10 +96,10 @@ def covariance(z):
 
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0, but for rounding, when no two dimensions are correlated.
     """
-    ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
+    ## Variance alone keeps each dimension alive but lets all of them say the same thing. This term spreads information
+    ## over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
     n, d = z.shape
-    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
+    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # z^T z is C(Z) [d, d], VICReg Eq. (3)
     # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
     squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
     variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
@@ -101,9 +107,10 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), in the convention of both papers' authors' code: s over n * d, half of v(Z) + v(Z').
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), as both papers' authors' code has it: s over n * d, half of v + v'.
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, {name: unweighted term}), all scalars.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32.
+    Returns (loss, {name: unweighted term}), all scalars.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -116,18 +123,20 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
 
 
 def barlow_twins_loss(z_1, z_2, lambda_=0.005):
-    """L_BT of Barlow Twins Eq. (1), Zbontar et al. 2021, https://arxiv.org/abs/2103.03230: another base to stack on, not tried in S-JEA's paper.
+    """L_BT of Barlow Twins Eq. (1): another base to stack on, which S-JEA's paper does not try.
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. lambda_ is not VICReg's. Returns (loss, terms) like vicreg_loss.
+    Zbontar et al. 2021, https://arxiv.org/abs/2103.03230; lambda_ is not VICReg's. Called like vicreg_loss.
     """
-    ## One matrix, *across* the views, of standardised dimensions: its diagonal at 1 for agreement (a constant dimension has 0 there),
-    ## the rest at 0 for dimensions that say different things.
+    ## One matrix, *across* the views, of standardised dimensions: its diagonal at 1 for agreement (a constant dimension
+    ## has 0 there), the rest at 0 for dimensions that say different things.
     with torch.autocast(z_1.device.type, enabled=False):
-        z_1, z_2 = (F.batch_norm(z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True) for z in (z_1, z_2))
+        z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
+        z_1, z_2 = (F.batch_norm(z, None, None, training=True) for z in (z_1, z_2))
         C = z_1.T @ z_2 / len(z_1)                                        # Barlow Twins Eq. (2)  [d, d]
         on_diagonal = (1 - C.diagonal()).pow(2).sum()
         off_diagonal = C.pow(2).sum() - C.diagonal().pow(2).sum()
-    return on_diagonal + lambda_ * off_diagonal, {"on_diagonal": on_diagonal, "off_diagonal": off_diagonal}  # Barlow Twins Eq. (1)
+        loss = on_diagonal + lambda_ * off_diagonal                       # Barlow Twins Eq. (1)
+    return loss, {"on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
 
 
 # ---- model ----------------------------------------------------------------------------------
@@ -149,9 +158,10 @@ class SJEA(nn.Module):
         self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
         channels, size = 3, args.image_size
         for stack in range(args.stacks):
-            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to a size of 64
+            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to 64
             channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
-            self.h.append(projector(channels, args.projector) if args.projectors[stack] == "1" else nn.Identity())   # S-JEA Table 3
+            with_projector = args.projectors[stack] == "1"                # S-JEA Table 3
+            self.h.append(projector(channels, args.projector) if with_projector else nn.Identity())
 
     def maps(self, x):
         """View k [B, 3, S, S] -> [y0_k, y1_k, ...]: every stack's map before pooling [B, C, m, m]."""
@@ -159,14 +169,18 @@ class SJEA(nn.Module):
         for f in self.f:
             ## Nothing is pooled or resized between stacks: stack 1 sees what f[0] found, and where in the image.
             ## With --stop-gradient, proposed in section 4.3, loss1 cannot train f[0], and stack 0 is plain VICReg.
-            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: y0_k = f1(x_k), y1_k = f2(y0_k); f1 is f[0]
+            y = f(y.detach() if self.stop_gradient else y)                # S-JEA Algorithm 1: f1(x_k), then f2(y0_k)
             ys.append(y)
         return ys
 
     def forward(self, x_1, x_2):
-        """Two views [B, 3, S, S] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...], each [B, d], without a projector [B, C]."""
+        """Two views [B, 3, S, S] -> per stack their embeddings [(z0_1, z0_2), (z1_1, z1_2), ...].
+
+        Each is [B, d], without a projector [B, C].
+        """
         ys_1, ys_2 = self.maps(x_1), self.maps(x_2)
-        return [(h(pool(y_1)), h(pool(y_2))) for h, y_1, y_2 in zip(self.h, ys_1, ys_2)]    # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
+        # S-JEA Algorithm 1: z0_k = h1(y0_k), z1_k = h2(y1_k)
+        return [(h(pool(y_1)), h(pool(y_2))) for h, y_1, y_2 in zip(self.h, ys_1, ys_2)]
 
     def representations(self, x):
         """{level: [B, C]}: what common.train and eval_linear judge, the pooled maps."""
@@ -176,21 +190,22 @@ class SJEA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2), the distributions of the two views: S-JEA's or VICReg's authors' code's, or crops and flips alone. Blur: VICReg's alone, above 64 px."""
+    """(t_1, t_2), what the two views are drawn from: S-JEA's or VICReg's authors' code's, or crops and flips alone."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
-        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
+        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## In VICReg's authors' code the two views differ: the first is always blurred, the second rarely, and only the second is ever
-    ## solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
+    ## In VICReg's authors' code the two views differ: the first is always blurred, the second rarely, and only the
+    ## second is ever solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop over batches and the optimizer's step."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop."""
     t_1, t_2 = transformations(args)
-    x_1 = common.augment(x, t_1, args.image_size, generator)              # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S], S = args.image_size
+    # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S], S = args.image_size
+    x_1 = common.augment(x, t_1, args.image_size, generator)
     x_2 = common.augment(x, t_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
     for stack, (z_1, z_2) in enumerate(model(x_1, x_2)):
@@ -200,7 +215,7 @@ def training_step(model, x, args, generator):
         else:                                                             # not in the paper
             loss_stack, terms_stack = barlow_twins_loss(z_1, z_2)
         loss = loss + args.stack_weights[stack] * loss_stack              # S-JEA Algorithm 1: loss0 + loss1
-        terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}    # covariance_0, covariance_1: Figure 4
+        terms |= {f"{name}_{stack}": term for name, term in terms_stack.items()}    # covariance_0 and _1: Figure 4
         embeddings[str(stack)] = z_1                                      # for the log's effective_rank
     return loss, terms, embeddings
 
@@ -213,17 +228,17 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
-    add("--projectors", help="one digit per stack, 1 with a projector, 0 without, as in Table 3: 10, as in Table 1, is one on stack 0 alone (default: all)")
+    add("--projectors", help="one digit per stack, 1 with a projector, 0 without, as in Table 3; Table 1: 10 (default: all 1)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
-    add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="the method whose loss every stack has; barlow-twins makes no use of lambda, mu and nu")
+    add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="whose loss every stack has; barlow-twins does not use lambda, mu, nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone (with --stacks 1 there is nothing to stop)")
-    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views (vicreg: blur only above 64 px); crop: only crops and flips")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else 0.08 with --augmentation vicreg and 0.3, as in S-JEA's authors' code, with the others)")
+    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose views; crop: only crops and flips; vicreg: with blur above 64 px")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: shapes 0.8; else 0.3; with vicreg's views 0.08)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 suits a small d)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars, VICReg's (0.3)")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, adamw (default --lr: 0.03) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
     # AdamW and LARS have default rates of their own, LARS a decay, too, so argv is searched for the optimizer first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
@@ -248,7 +263,8 @@ def main(argv=None):
     model = SJEA(args)
     for stack, (f, h) in enumerate(zip(model.f, model.h)):                # S-JEA Table 2
         f_million, h_million = common.count_parameters(f) / 1e6, common.count_parameters(h) / 1e6
-        print(f"stack {stack}: {f_million + h_million:.2f} M parameters (encoder {f_million:.2f}, projector {h_million:.2f})")
+        print(f"stack {stack}: {f_million + h_million:.2f} M parameters "
+              f"(encoder {f_million:.2f}, projector {h_million:.2f})")
     print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
     features = common.train(args, model, training_step, data)
     eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)

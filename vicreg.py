@@ -5,8 +5,9 @@ Bardes, Ponce, LeCun 2021, https://arxiv.org/abs/2105.04906
     python vicreg.py                                  # ten shapes, made on the fly, minutes on a laptop
     python vicreg.py --dataset cifar10 --epochs 200 --width 64
 
-Two random views x_1, x_2 of every image go through one encoder f and one projector h. The paper writes x, x' for the views, y, y' and
-z, z' for what becomes of them, Z, Z' for a batch of n (here z_1, z_2), f_theta for f and "expander" h_phi for h:
+Two random views x_1, x_2 of every image go through one encoder f and one projector h. The paper writes x, x' for
+the views, y, y' and z, z' for what becomes of them, Z, Z' for a batch of n (here z_1, z_2), f_theta for f and
+"expander" h_phi for h:
 
     Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
 
@@ -19,12 +20,12 @@ C(Z) is a covariance and S(x, eps) a deviation; in shapes C is the number of cha
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
     Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
 
-Two things follow the authors' code (facebookresearch/vicreg) and not the paper's equations, because the published coefficients
-(25, 25, 1) belong to the code: s is also divided by d (so has the paper's Algorithm 1), and the variance term is halved (so
-have S-JEA's code and lightly, but not Algorithm 1 and solo-learn). The default settings suit minutes on two CPU cores: width 16
-(so C = 128 instead of ResNet-18's 512), d = 256 instead of 8192 (12.7 points worse in the paper's Table 12, on ImageNet), the
-optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and nu = 8, chosen with AdamW (results/README.md). The
-published ones are flags.
+Two things follow the authors' code (facebookresearch/vicreg) and not the paper's equations, because the published
+coefficients (25, 25, 1) belong to the code: s is also divided by d (so has the paper's Algorithm 1), and the
+variance term is halved (so have S-JEA's code and lightly, but not Algorithm 1 and solo-learn). The default settings
+suit minutes on two CPU cores: width 16 (so C = 128 instead of ResNet-18's 512), d = 256 instead of 8192 (12.7
+points worse in the paper's Table 12, on ImageNet), the optimizer Muon, S-JEA's augmentation (on shapes with larger
+crops), and nu = 8, chosen with AdamW (results/README.md). The published ones are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when all dimensions have a spread of at least gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension has a spread of gamma.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -61,10 +62,10 @@ def covariance(z):
 
     z: [n, d] embeddings of one view. Returns a scalar >= 0; 0, but for rounding, when no two dimensions are correlated.
     """
-    ## Variance alone keeps each dimension alive but lets all of them say the same thing.
-    ## This term spreads information over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
+    ## Variance alone keeps each dimension alive but lets all of them say the same thing. This term spreads information
+    ## over dimensions: with vicreg.py --nu 0 all become copies of one (effective_rank in the log: 1.0).
     n, d = z.shape
-    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # [n, d]; z^T z is C(Z), VICReg Eq. (3)  [d, d]
+    z = (z - z.mean(dim=0)) / (n - 1) ** 0.5                              # z^T z is C(Z) [d, d], VICReg Eq. (3)
     # z^T z and z z^T [n, n] have equal sums of squared entries, tr(z^T z z^T z), so the smaller is computed
     squares = (z.T @ z if d < n else z @ z.T).pow(2).sum()                # sum_ij C(Z)_ij^2
     variances = z.pow(2).sum(dim=0)                                       # C(Z)_jj  [d]
@@ -72,9 +73,10 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), in the convention of both papers' authors' code: s over n * d, half of v(Z) + v(Z').
+    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), as both papers' authors' code has it: s over n * d, half of v + v'.
 
-    z_1, z_2: [n, d], any float dtype; half precision is computed in float32. Returns (loss, {name: unweighted term}), all scalars.
+    z_1, z_2: [n, d], any float dtype; half precision is computed in float32.
+    Returns (loss, {name: unweighted term}), all scalars.
     """
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
@@ -118,19 +120,19 @@ class VICReg(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2), the distributions of the two views: S-JEA's or VICReg's authors' code's, or crops and flips alone. Blur: VICReg's alone, above 64 px."""
+    """(t_1, t_2), what the two views are drawn from: S-JEA's or VICReg's authors' code's, or crops and flips alone."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
     if args.augmentation == "sjea":
-        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one distribution; each view is a draw of its own
+        return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
     if args.augmentation == "crop":
         return (View(crop, p_jitter=0.0, p_grey=0.0),) * 2
-    ## In VICReg's authors' code the two views differ: the first is always blurred, the second rarely, and only the second is ever
-    ## solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
+    ## In VICReg's authors' code the two views differ: the first is always blurred, the second rarely, and only the
+    ## second is ever solarized. (VICReg's paper has both alike: blurred with p = 0.5, solarized with p = 0.1.)
     return View(crop, p_blur=1.0 * blur), View(crop, p_blur=0.1 * blur, p_solarize=0.2)
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop over batches and the optimizer's step."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop."""
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S], S = args.image_size
     x_2 = common.augment(x, t_2, args.image_size, generator)
@@ -147,13 +149,13 @@ def arguments(argv=None):
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
-    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose distributions of the two views (vicreg: blur only above 64 px); crop: only crops and flips")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: on shapes 0.8; else 0.08 with --augmentation vicreg and 0.3, as in S-JEA's authors' code, with the others)")
+    add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose views; crop: only crops and flips; vicreg: with blur above 64 px")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: shapes 0.8; else 0.3; with vicreg's views 0.08)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 is ours, for a small d, chosen with AdamW and kept with Muon)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 suits a small d)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
-    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon (learns more in short runs, slow on a CPU where the projector is wide), adamw (--lr 0.03 by default) or lars, VICReg's (0.3)")
+    add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, adamw (default --lr: 0.03) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
     # AdamW and LARS have default rates of their own, LARS a decay, too, so argv is searched for the optimizer first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
