@@ -97,8 +97,8 @@ def add_common_arguments(parser, **defaults):
     add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     add("--data-dir", default="data", help="where the dataset lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024), help="side of a view in pixels (default: the dataset's own; folder: 224)")
-    add("--skip-bad-images", action="store_true", help="with --dataset folder: leave out images that cannot be read; when streaming, all are read once to find them")
-    add("--stream", action="store_true", help="with --dataset folder: read images from disk when needed; automatic where they would fill half the free memory")
+    add("--skip-bad-images", action="store_true", help="of a folder: leave out those that cannot be read; when streaming, all are read once to find them")
+    add("--stream", action="store_true", help="of a folder: read images when needed; automatic where they would fill half the free memory")
     add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
@@ -174,7 +174,10 @@ def keep_memory():
 
 @contextmanager
 def denormals_flushed():
-    """Inside, numbers below 1e-38 are 0: momentum fades to them, and an Intel CPU computes with them many times slower. Not outside: scipy's KDTree needs them."""
+    """Inside, numbers below 1e-38 are 0: momentum fades to them, and an Intel CPU computes with them many times slower.
+
+    Not outside: scipy's KDTree needs them.
+    """
     torch.set_flush_denormal(True)
     try:
         yield
@@ -271,7 +274,8 @@ def torchvision_dataset(name, args, **options):
         for folder in new:
             with suppress(OSError):            # only an empty one goes
                 folder.rmdir()
-        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{', nor can it be downloaded' * options['download']}: {error}") from error
+        nor = ", nor can it be downloaded" * options["download"]
+        raise Unusable(f"argument --data-dir: no usable {name} in {args.data_dir}{nor}: {error}") from error
 
 
 @contextmanager
@@ -314,7 +318,8 @@ def load_stl10(args, download):
 def load_folder(args, download):
     """DIR/train/<class>/* and DIR/test/<class>/* (or val): decoded once into one uint8 tensor, or streamed where that is too large."""
     root = Path(args.data_dir)
-    has_classes = lambda part: part.is_dir() and any(entry.is_dir() for entry in os.scandir(part))    # ImageNet's test images have no classes, its val's do
+    # ImageNet's test images have no classes, its val's do.
+    has_classes = lambda part: part.is_dir() and any(entry.is_dir() for entry in os.scandir(part))
     test = root / ("val" if has_classes(root / "val") and not has_classes(root / "test") else "test")
     for part in (root, root / "train", test):
         if not part.is_dir():
@@ -346,9 +351,10 @@ def load_folder(args, download):
 
 
 def list_images(part, known):
-    """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], "classes", and "folders" and when each "changed".
+    """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], and "classes".
 
-    What load_folder kept of this in the file `known` is returned while no folder has changed; "new" marks a fresh list. Raises Unusable or OSError.
+    Beside them "folders" and when each "changed": what load_folder kept in the file `known` is returned while none has;
+    "new" marks a fresh list. Raises Unusable or OSError.
     """
     try:
         index = dict(np.load(known))                                       # no pickle: loading it runs no code
@@ -357,7 +363,7 @@ def list_images(part, known):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # there is none, or a damaged one
         pass
     seen, below = {}, lambda paths: np.array([os.fsencode(path)[len(os.fsencode(part)) + 1:] for path in paths])
-    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does: a link to its own parent it would follow some 40 times
+    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does, a link to a parent some 40 times
         if os.path.realpath(folder) in seen:
             raise Unusable(f"argument --data-dir: {folder} leads to a folder that is in {part} already; remove the link")
         seen[os.path.realpath(folder)] = folder, os.stat(folder).st_mtime_ns
@@ -368,7 +374,9 @@ def list_images(part, known):
 
 
 def free_memory(device):
-    """Bytes for each process: its share of what is free here or, where less, allowed to this job (a container's or SLURM's cgroup), but no more than its GPU has free."""
+    """Bytes for each process: its share of what is free here or, where less, allowed to this job (a container's or
+    SLURM's cgroup), but no more than its GPU has free.
+    """
     try:
         free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError):              # not Linux: half of all is near enough
@@ -440,7 +448,8 @@ def load_batches(images, index_batches, device):
             pin_memory=device == "cuda", worker_init_fn=leave_to_trainer, generator=torch.Generator(),  # its own: else it draws from torch's
             multiprocessing_context="fork" if sys.platform == "linux" else None):  # Python 3.14's default imports torch in every worker
         if isinstance(batch, str):
-            raise RunFailed(f"{batch}; what was saved is whole. Mend the file and go on by --resume; or, to leave out all such images, remove any *-index.npz from --data-dir and start a new run with --skip-bad-images.")
+            raise RunFailed(f"{batch}; what was saved is whole. Mend the file and go on by --resume; or, to leave out all such "
+                            "images, remove any *-index.npz from --data-dir and start a new run with --skip-bad-images.")
         yield batch.to(device, non_blocking=device == "cuda")
 
 
@@ -603,7 +612,8 @@ def draw_view(view, n, height, width, generator):
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
     happens = lambda p: torch.rand(n, generator=generator, device=device) < p
 
-    # Crop as RandomResizedCrop draws it: area and log aspect ratio, the first of ten attempts that fits, else the largest crop (which torchvision centres).
+    # Crop as RandomResizedCrop draws it: area and log aspect ratio, the first of ten attempts that fits, else the
+    # largest crop (which torchvision centres).
     area = height * width * uniform(*view.crop_scale, 10)                                   # [n, 10]
     ratio = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3), 10))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -995,7 +1005,10 @@ def orthogonalise(g):
 
 
 def make_optimizer(model, args):
-    """AdamW, LARS or Muon; weight decay (and LARS's scaling, Muon's steps) for weights alone, not for biases, norms and the mask token (which I-JEPA's authors' code decays)."""
+    """AdamW, LARS or Muon; weight decay (and LARS's scaling, Muon's steps) for weights alone.
+
+    Not for biases, norms and the mask token (which I-JEPA's authors' code decays).
+    """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -1099,7 +1112,8 @@ def train(args, model, training_step, data, after_step=None):
                 after_step(model, args, step / max(1, steps - 1))
             names = names or set(terms)                           # not terms.keys(), which would hold this step's graph
             if terms.keys() != names:
-                raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before {', '.join(sorted(names))}; return a zero tensor for one that is off")
+                raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before "
+                                f"{', '.join(sorted(names))}; return a zero tensor for one that is off")
             terms = {"loss": loss, **terms}
             if bad := [name for name, term in terms.items() if not isinstance(term, torch.Tensor) or term.ndim]:
                 raise RunFailed(f"{bad[0]} is not a scalar tensor")
@@ -1110,7 +1124,8 @@ def train(args, model, training_step, data, after_step=None):
             if world > 1 and not last and i < ask:                # only every 20 steps or 5 s does the first process decide for all whether to save
                 continue
             pace = (time.perf_counter() - began) / (i + 1)
-            save, ask = from_first((last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes, i + min(20, 1 + int(5 / pace))))
+            due = last or bool(signals) or time.monotonic() - saved > 60 * args.checkpoint_minutes
+            save, ask = from_first((due, i + min(20, 1 + int(5 / pace))))
             if save or world > 1 or i % 20 == 0:                  # reading a value waits for the device
                 collect(so_far, average(torch.stack(unread)).tolist(), list(terms), step)
                 bar.set_postfix(loss=f"{unread[-1][0]:.3f}", refresh=False)
@@ -1121,12 +1136,13 @@ def train(args, model, training_step, data, after_step=None):
                 raise RunFailed(f"the weights are not finite after step {step}; what was saved is from before. Try a lower --lr.")
             seconds = time.perf_counter() - began
             if last:
+                tenths = lambda values: np.array_split(values, min(10, per_epoch))
                 row = {"epoch": epoch + 1, **{name: sum(values) / per_epoch for name, values in so_far.items()},
                        "lr": optimizer.param_groups[0]["lr"], "images_per_second": per_epoch * args.batch_size / seconds,
                        "peak_memory_mb": peak_memory_mb(device), "seconds": seconds,
                        "effective_rank": {level: effective_rank(z) for level, z in embeddings.items()},
                        "feature_std": {level: z.detach().float().std(0).mean().item() for level, z in embeddings.items()},
-                       "curve": {name: [float(f"{part.mean():.4g}") for part in np.array_split(values, min(10, per_epoch))] for name, values in so_far.items()}}
+                       "curve": {name: [float(f"{part.mean():.4g}") for part in tenths(values)] for name, values in so_far.items()}}
                 if step + 1 == steps or args.eval_every and (epoch + 1) % args.eval_every == 0:
                     features = [extract(model, images, args) for images in (data.train_images, data.test_images)]
                     label, y = next(iter(data.train_labels.items()))
@@ -1165,8 +1181,10 @@ def collect(so_far, unread, names, step):
     for t, values in enumerate(unread, step + 1 - len(unread)):
         for name, value in zip(names, values):
             so_far.setdefault(name, []).append(value)
-        if bad := [name for name in names if not math.isfinite(so_far[name][-1])]:     # bad[-1]: a term, where one is bad, not the loss that it enters
-            raise RunFailed(f"{bad[-1]} is {so_far[bad[-1]][-1]} at step {t}; what was saved is from before. {'Try a lower --lr.' if t else 'The loss itself is at fault: no step was made yet.'}")
+        if bad := [name for name in names if not math.isfinite(so_far[name][-1])]:
+            term = bad[-1]                         # not the loss, which comes first, where a term that enters it is bad
+            advice = "Try a lower --lr." if t else "The loss itself is at fault: no step was made yet."
+            raise RunFailed(f"{term} is {so_far[term][-1]} at step {t}; what was saved is from before. {advice}")
 
 
 def keep_script(training_step, out, resume):
@@ -1290,7 +1308,8 @@ def report(row, epochs, history):
     for level, rank in row["effective_rank"].items():
         if rank < 2 and not any(past["effective_rank"][level] < 2 for past in history[:-1]):  # one direction is left, or none
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
-                       "Try a lower --lr or, where the method has them, more weight on the variance term or a slower target encoder.", file=sys.stderr)
+                       "Try a lower --lr or, where the method has them, more weight on the variance term or a slower target encoder.",
+                       file=sys.stderr)
 
 
 def peak_memory_mb(device):
@@ -1339,7 +1358,8 @@ def write(path, save, keep=None):
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 LOGGED = {"epoch", "loss", "lr", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std"}
 OPTIONAL = {"knn", "curve"}                     # not in every row; "curve": the terms in tenths of the epoch
-PICKLED = "collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"    # what else torch lets in may ask for memory that is not in the file
+# Of what torch's loader lets in: the rest may ask for memory that is not in the file.
+PICKLED = "collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"
 
 
 def load_checkpoint(path, method=None):
@@ -1374,7 +1394,8 @@ def load_checkpoint(path, method=None):
     except FileNotFoundError as error:
         raise Unusable(f"no checkpoint {path}; --resume goes on with a run, eval_linear.py judges one") from error
     except Exception as error:                 # foreign bytes can make torch.load, and the checks, raise anything
-        raise Unusable(f"{path}: its content is not a checkpoint of these scripts: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Unusable(f"{path}: its content is not a checkpoint of these scripts: {reason}") from error
     if method and state["method"] != method:
         raise Unusable(f"{path}: a checkpoint of {state['method']}.py, not of {method}.py")
     return state
@@ -1390,9 +1411,9 @@ def write_log(history, out):
 
 
 def draw_curves(logs):
-    """{name of a run: its log} as five plots over epochs: loss and its terms (in tenths of an epoch), effective rank and spread of what is watched for collapse, k-NN accuracy.
+    """{name of a run: its log} as five plots over epochs.
 
-    A curve has one colour in all runs, a run one style of line (from the fifth on with another marker).
+    Loss and its terms (in tenths of an epoch), effective rank and spread of what is watched for collapse, k-NN accuracy. A curve has one colour in all runs, a run one style of line (from the fifth on with another marker).
     """
     figure = Figure(figsize=(22, 4), layout="constrained")
     axes = figure.subplots(1, 5)
@@ -1402,7 +1423,8 @@ def draw_curves(logs):
         terms = [name for name in history[0] if name not in LOGGED | OPTIONAL]
         for k, name in enumerate(["loss", *terms]):
             parts = [(row["epoch"] - 1, row.get("curve", {}).get(name) or [row[name]]) for row in history]
-            draw(axes[min(k, 1)], max(k - 1, 0), name, [(epoch + (i + 1) / len(part), value) for epoch, part in parts for i, value in enumerate(part)])
+            points = [(epoch + (i + 1) / len(part), value) for epoch, part in parts for i, value in enumerate(part)]
+            draw(axes[min(k, 1)], max(k - 1, 0), name, points)
         for axis, field in zip(axes[2:], ("effective_rank", "feature_std", "knn")):
             rows = [row for row in history if field in row]
             for k, level in enumerate(rows[0][field] if rows else ()):

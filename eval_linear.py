@@ -129,8 +129,9 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
         blank = torch.zeros(2, 3, args.image_size, args.image_size, device=args.device)
         width = {level: h.shape[1] for level, h in model.representations(blank).items()}
     torch.manual_seed(args.seed)
-    heads = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(width[level], affine=False, momentum=None if frozen else 0.1), nn.Linear(width[level], int(y.max()) + 1))
-                          for level in levels).to(args.device)
+    classes, momentum = int(y.max()) + 1, None if frozen else 0.1
+    norm = lambda D: nn.BatchNorm1d(D, affine=False, momentum=momentum)
+    heads = nn.ModuleList(nn.Sequential(norm(width[level]), nn.Linear(width[level], classes)) for level in levels).to(args.device)
     model.requires_grad_(not frozen)
     if frozen:
         optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9)
@@ -186,14 +187,16 @@ def load(path, device="auto", data_dir=None):
     common.join_processes(common.pick_device(device))
     state = common.from_first(common.load_checkpoint(path) if common.process()[0] == 0 else None)    # the others may be on other machines
     if state["method"] not in MODELS:
-        raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; known are {', '.join(MODELS)} (MODELS in eval_linear.py)")
+        raise common.Unusable(f"{path}: a checkpoint of the unknown method {state['method']}; "
+                              f"known are {', '.join(MODELS)} (MODELS in eval_linear.py)")
     config = {**state["config"], "device": device, "out": tempfile.gettempdir(), "resume": False}    # out: the checkpoint's own folder may be read-only
     if data_dir:
         config["data_dir"] = data_dir
     script = importlib.import_module(state["method"])
     differ = vars(script.arguments([f"--out={config['out']}"])).keys() ^ config.keys()
     if differ:
-        raise common.Unusable(f"{path}: written by another version of {state['method']}.py; judge it with that one: its config differs in {', '.join(sorted(map(str, differ)))}")
+        raise common.Unusable(f"{path}: written by another version of {state['method']}.py; judge it with that one: "
+                              f"its config differs in {', '.join(sorted(map(str, differ)))}")
     try:                                       # the script's own checks on what a stranger may have written
         args = script.arguments(flags(config))
     except common.Unusable as error:
@@ -205,7 +208,8 @@ def load(path, device="auto", data_dir=None):
         expected = {name: (value.shape, value.dtype) for name, value in build(args).state_dict().items()}
     own = {value.untyped_storage().data_ptr() for value in state["model"].values()}    # as many as weights, unless forged ones share theirs
     if len(own) < len(expected) or expected != {name: (value.shape, value.dtype) for name, value in state["model"].items()}:
-        raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py builds it now; judge it with the code of its run")
+        raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py "
+                              "builds it now; judge it with the code of its run")
     model = untrained(args)
     model.load_state_dict(state["model"])
     return model, args
@@ -268,8 +272,9 @@ def main(argv=None, data=None, extracted=None):
     train, test = (common.extract(start, x, args) for x in parts)
     features |= {f"untrained {level}": [train[level], test[level]] for level in train}
     small = min(32, args.image_size)           # raw pixels of larger images fit neither a memory nor a classifier
-    features["raw pixels"] = [torch.cat([common.resize(batch, small).flatten(1)                      # [N, 3 * small * small]
-                                         for batch in common.load_batches(x, torch.arange(len(x), device=x.device).split(500), args.device)]).float().div_(255) for x in parts]
+    batches = lambda x: common.load_batches(x, torch.arange(len(x), device=x.device).split(500), args.device)
+    pixels = lambda x: torch.cat([common.resize(batch, small).flatten(1) for batch in batches(x)])
+    features["raw pixels"] = [pixels(x).float().div_(255) for x in parts]                # [N, 3 * small * small]
 
     split = f"{len(data.test_images)} {'held-out' if args.holdout else 'test'} images"
     y = {label: (data.train_labels[label], data.test_labels[label]) for label in data.train_labels}
@@ -287,10 +292,14 @@ def main(argv=None, data=None, extracted=None):
         result.setdefault("few_shot", {})[name] = {level: few_shot(*pair, *y[labels[0]], shots) for level, pair in features.items()}
         table(f"{labels[0]} from {name}, linear top-1, 5 draws", ("mean %", "std %"), result["few_shot"][name])
     for sub in (options.within or ())[1:]:
-        result.setdefault("within", {})[sub] = {level: within(*pair, *y[options.within[0]], *y[sub], options.k, options.temperature) for level, pair in features.items()}
-        table(f"{sub} inside each {options.within[0]}", ("linear top-1 %", "k-NN %", "largest share %", "NMI %", "NMI, chance %", "Rand %"), result["within"][sub])
+        classes, k, temperature = y[options.within[0]], options.k, options.temperature
+        found = {level: within(*pair, *classes, *y[sub], k, temperature) for level, pair in features.items()}
+        result.setdefault("within", {})[sub] = found
+        columns = "linear top-1 %", "k-NN %", "largest share %", "NMI %", "NMI, chance %", "Rand %"
+        table(f"{sub} inside each {options.within[0]}", columns, found)
     one = levels[-1:] if stacked else levels[:1]    # S-JEA's last stack, a JEPA's target
-    for name, epochs, network, chosen, lr in (("augmented", options.augmented, model, levels, 0.1), ("fine_tune", options.fine_tune, model, one, 1e-3),
+    for name, epochs, network, chosen, lr in (("augmented", options.augmented, model, levels, 0.1),
+                                              ("fine_tune", options.fine_tune, model, one, 1e-3),
                                               ("supervised", options.supervised, start, one, 1e-3)):
         if epochs:
             top = train_classifier(network, chosen, data, labels[0], args, epochs, lr, frozen=name == "augmented")

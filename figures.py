@@ -56,7 +56,8 @@ def load_run(path, options, shared=None):
         chosen = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))[:options.images]
         images = torch.cat([*common.load_batches(data.test_images, chosen.split(500), args.device)])
         labels = {name: y[chosen] for name, y in data.test_labels.items()}
-    return Run(path, path.resolve().parent.name, args, model, common.load_checkpoint(path)["history"], images, labels, common.extract(model, images, args))
+    history, features = common.load_checkpoint(path)["history"], common.extract(model, images, args)
+    return Run(path, path.resolve().parent.name, args, model, history, images, labels, features)
 
 
 def style(c):
@@ -124,7 +125,8 @@ def one_class(runs):
 
 def covariance(runs):
     """The covariance term of every stack over training; give a second run with a lower --nu to compare (S-JEA Figure 4)."""
-    return over_epochs(runs, "covariance term c(Z) + c(Z'), unweighted", lambda row: {name: value for name, value in row.items() if name.startswith("covariance")})
+    terms = lambda row: {name: value for name, value in row.items() if name.startswith("covariance")}
+    return over_epochs(runs, "covariance term c(Z) + c(Z'), unweighted", terms)
 
 
 def accuracy(runs):
@@ -239,7 +241,8 @@ def predictions(runs):
     context, targets = (m[:n].to(run.args.device) for m in script.draw_masks(run.args, run.args.batch_size, torch.Generator().manual_seed(1)))
     s_hat, _ = run.model(scale(run.images[:n]), context, targets)                           # [n, M, Nt, D]
     others = run.images[n:n + 500]             # never the image itself
-    bank = torch.nn.functional.layer_norm(torch.cat([run.model.target_encoder(scale(part)) for part in others.split(50)]), s_hat.shape[-1:]).flatten(0, 1)
+    s_y = torch.cat([run.model.target_encoder(scale(part)) for part in others.split(50)])   # [500, N, D]
+    bank = torch.nn.functional.layer_norm(s_y, s_y.shape[-1:]).flatten(0, 1)                # [500 N, D]
     pixels = common.patches(others.float(), p).flatten(0, 1)                                # [500 N, 3 p p]
     figure, axes = panels(3, n, 1.6)
     for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):
