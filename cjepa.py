@@ -15,8 +15,9 @@ the target encoder makes of the blocks, at B_i:
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
     target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (default: 0.99 to 0.995)
 
-All this is that of ijepa.py, to the letter, whose docstring says how it differs from I-JEPA's paper. What C-JEPA
-adds to that L:
+In shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); in L, D is a
+distance, and B_x and B_i are sets of indices. All this is that of ijepa.py, to the letter, whose docstring says how
+it differs from I-JEPA's paper. What C-JEPA adds to that L:
 
     L_C-JEPA = L + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
@@ -57,7 +58,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension has a spread of gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension's spread is gamma or more.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -81,7 +82,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), as both papers' authors' code has it: s over n * d, half of v + v'.
+    """l(Z, Z') of VICReg Eq. (6), S-JEA Eq. (1), as in both authors' code: s over n * d, v(Z) + v(Z') halved.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32.
     Returns (loss, {name: unweighted term}), all scalars.
@@ -120,7 +121,7 @@ def block_sizes(grid_size, scale, aspect):
     sides = range(1, grid_size + 1)
     sizes = [(h, w) for h in sides for w in sides
              if scale[0] <= h * w / grid_size**2 <= scale[1] and aspect[0] <= h / w <= aspect[1]]
-    return [size for size in sizes if max(size) < grid_size] or sizes     # in the authors' code there is no "or sizes"
+    return [size for size in sizes if max(size) < grid_size] or sizes     # the authors' code has no full side at all
 
 
 def place_blocks(batch_size, count, sizes, grid_size, generator):
@@ -136,19 +137,19 @@ def first_true(mask):
     """mask [B, N] bool -> indices [B, Nc]: per image the first Nc that are True, Nc the smallest count in the batch."""
     ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
     ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
-    ## 0.26 after the cut in a batch of 128 (the paper: 0.25): it depends on the batch size (the authors': each GPU's).
+    ## 0.26 after the cut in a batch of 128 (the paper: 0.25). The batch size decides; in the authors' code, each GPU's.
     return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    The blocks of a batch have one size, each its own place; so have the squares. Indices are row-major, of all patches.
+    The M blocks of a batch have one size, each its own place; so have the squares. Indices count patches row by row.
     """
     sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
     targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]
-    square = place_blocks(batch_size, 1, squares, grid_size, generator)[:, 0]
-    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square, True)
+    square = place_blocks(batch_size, 1, squares, grid_size, generator)[:, 0]                       # [B, side^2]
+    context = torch.zeros(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, square, True)     # mask [B, N]
     ## A context patch inside a target would give the answer away. (On 8 x 8 patches the square is the whole image:
     ## 7 x 7 are less than 0.85.)
     context.scatter_(1, targets.flatten(1), False)
@@ -156,7 +157,7 @@ def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0
 
 
 def rasterized_masks(batch_size, grid_size, generator=None):
-    """A quadrant, drawn per image, is the context [B, N / 4], the others the targets [B, 3, N / 4]. The grid is even."""
+    """One quadrant per image, at random, is context [B, N / 4], the others targets [B, 3, N / 4]. grid_size is even."""
     half = grid_size // 2
     quadrants = torch.arange(grid_size**2).view(2, half, 2, half).transpose(1, 2).reshape(4, -1)    # [4, N / 4]
     order = torch.rand(batch_size, 4, generator=generator).argsort(1)
@@ -188,7 +189,7 @@ def draw_masks(args, batch_size, generator):
 # ---- model ----------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
-    """A narrow ViT, its width d: predicts a target block's features from the context's and the block's positions."""
+    """A narrow ViT of width d: predicts a block's features from the context's features and the block's positions."""
 
     def __init__(self, args, D, out_features):
         super().__init__()
@@ -223,7 +224,7 @@ class JEPA(nn.Module):
         self.predictor = Predictor(args, D, 3 * args.patch_size**2 if self.pixels else D)
 
     def forward(self, y, context, targets):
-        """Images y [B, 3, H, W], B_x context [B, Nc], B_i targets [B, M, Nt] -> s_hat [B, M, Nt, D], s_y [B, N, D]."""
+        """Images y [B, 3, H, W], context B_x [B, Nc], targets B_i [B, M, Nt] -> s_hat [B, M, Nt, D], s_y [B, N, D]."""
         with torch.no_grad():
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
@@ -239,21 +240,21 @@ class JEPA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def training_step(model, images, args, generator):
-    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features to watch), for common.train's loop."""
+    """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose rank common.train logs)."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # of this step: common.train reseeds
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: they share one Nc
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator's seed, new at every step
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all n images, so that Nc is one
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # mean predictions, of all processes [n, M, D]
+    z = common.gather(s_hat.float().mean(2))                              # block means [n, M, D], n = B x processes
     terms = {"prediction": loss}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     if args.views == "blocks":
         pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [n, D]
     else:
-        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]  # Z' has no gradient: v, c are constant
+        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]  # v(Z') and c(Z') are constants
     ## With --views blocks the M predictions of an image are its views, which no one had to design. s makes their means
     ## agree, v keeps those of different images apart, c keeps dimensions from saying the same.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))
@@ -276,7 +277,7 @@ def update_target(model, args, progress):
 
 # ---- arguments ------------------------------------------------------------------------------
 
-# ViT-B/16. --lr is for a batch of 256: the peak is 1.25e-4 x 2048 / 256 = 1e-3 (by default 32e-3 x 32 / 256 = 4e-3).
+# I-JEPA's, ViT-B/16. --lr is for a batch of 256: the peak is 1.25e-4 x 2048 / 256 = 1e-3 (default: 32e-3 / 8 = 4e-3).
 PAPER = dict(vit="base", patch_size=16, image_size=224, predictor_depth=6, num_targets=4, crop_min=0.3,
              batch_size=2048, epochs=600, warmup_epochs=15, optimizer="adamw", lr=1.25e-4,
              weight_decay=0.04, weight_decay_end=0.4, ema=0.996, ema_end=1.0)
@@ -285,13 +286,13 @@ PAPER = dict(vit="base", patch_size=16, image_size=224, predictor_depth=6, num_t
 def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
-    add("--recipe", choices=("small", "paper"), default="small", help="whose defaults: ours for small images, or PAPER's, in this file")
+    add("--recipe", choices=("small", "paper"), default="small", help="which defaults: ours for small images, or I-JEPA's published ones (PAPER in this script)")
     add("--vit", choices=common.VITS, default="micro", help="size of both encoders")
     add("--patch-size", type=number(int, 1), default=4, help="side of a patch in pixels")
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1, 64), default=3, help="the predictor's blocks (--recipe paper: 6; large, huge: 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4; at 32 px 2 was better)")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4, 2 is 32 points worse; at 32 px 2 was better)")
     scale = dict(type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"))
     add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
@@ -305,7 +306,7 @@ def arguments(argv=None):
     add("--beta-cov", type=number(float, 0), default=1.0, help="weight of c, the covariance term")
     add("--views", choices=("blocks", "target"), default="blocks", help="Z, Z': mean predictions of two blocks; or of all, and the mean target")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon, or the paper's adamw (default --lr: 0.016; PAPER: 1.25e-4)")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: the paper's 0.3; shapes: 0.8)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3; on shapes 0.8, with --recipe paper 0.3)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step (default: constant; --recipe paper: 0.4)")
     common.add_common_arguments(parser, method="cjepa", epochs=3, batch_size=32, lr=32e-3, weight_decay=0.04, warmup_epochs=0.5, eval_every=3)
     given = parser.given(argv)                                           # three flags change the defaults of others

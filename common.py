@@ -97,8 +97,8 @@ def add_common_arguments(parser, **defaults):
     add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     add("--data-dir", default="data", help="where the dataset lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024), help="side of a view in pixels (default: the dataset's own; folder: 224)")
-    add("--skip-bad-images", action="store_true", help="of a folder: leave out those that cannot be read; when streaming, all are read once to find them")
-    add("--stream", action="store_true", help="of a folder: read images when needed; automatic where they would fill half the free memory")
+    add("--skip-bad-images", action="store_true", help="of a folder: leave out images that cannot be read; when streaming, all are read once to find them")
+    add("--stream", action="store_true", help="of a folder: read images from disk when needed; automatic where they would fill half the free memory")
     add("--holdout", action="store_true", help="judge on a tenth of train, held out, instead of on test: for choosing settings")
     add("--epochs", type=number(int, 1), help="passes over the data")
     add("--batch-size", type=number(int, 2), help="n, images per step")
@@ -296,9 +296,8 @@ def load_cifar(args, download):
     parts = [torchvision_dataset(name, args, train=train, download=download) for train in (True, False)]
     images = [resize(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), args.image_size) for part in parts]
     labels = [{"class": torch.tensor(part.targets)} for part in parts]
-    if name == "CIFAR100":
-        for part, label in zip(parts, labels):
-            label["superclass"] = torch.tensor(CIFAR100_SUPERCLASS)[label["class"]]
+    for label in labels if name == "CIFAR100" else ():
+        label["superclass"] = torch.tensor(CIFAR100_SUPERCLASS)[label["class"]]
     return Dataset(images[0], images[0], labels[0], images[1], labels[1])
 
 
@@ -353,20 +352,18 @@ def load_folder(args, download):
 def list_images(part, known):
     """All images below a folder of class folders, as arrays: "paths" and "targets" (class numbers) [N], and "classes".
 
-    Beside them "folders" and when each "changed": what load_folder kept in the file `known` is returned while none has;
-    "new" marks a fresh list. Raises Unusable or OSError.
+    Beside them the "folders" and when each "changed". What load_folder kept of all this in the file `known` is returned
+    while no folder has changed; "new" marks a fresh list. Raises Unusable or OSError.
     """
-    try:
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):    # there is none, or a damaged one
         index = dict(np.load(known))                                       # no pickle: loading it runs no code
         if [os.stat(os.fsencode(part) + b"/" + folder).st_mtime_ns for folder in index["folders"]] == index["changed"].tolist():
             return index
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # there is none, or a damaged one
-        pass
     seen, below = {}, lambda paths: np.array([os.fsencode(path)[len(os.fsencode(part)) + 1:] for path in paths])
-    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does, a link to a parent some 40 times
-        if os.path.realpath(folder) in seen:
+    for folder, *_ in os.walk(part, followlinks=True):                     # as ImageFolder does: a link to a parent some 40 times over
+        if (real := os.path.realpath(folder)) in seen:
             raise Unusable(f"argument --data-dir: {folder} leads to a folder that is in {part} already; remove the link")
-        seen[os.path.realpath(folder)] = folder, os.stat(folder).st_mtime_ns
+        seen[real] = folder, os.stat(folder).st_mtime_ns
     listed = torchvision.datasets.ImageFolder(part)
     folders, changed = zip(*seen.values())
     return {"paths": below(path for path, _ in listed.samples), "targets": np.array(listed.targets), "new": True,
@@ -582,8 +579,8 @@ def make_shapes(n, image_size, seed):
 
 def load_shapes(args):
     """20,000 + 4,000 images, the same for every --seed: the data is not part of the draw."""
-    (images, labels), (test_images, test_labels) = (make_shapes(n, args.image_size, seed) for n, seed in ((20000, 1), (4000, 2)))
-    return Dataset(images, images, labels, test_images, test_labels)
+    train, test = make_shapes(20000, args.image_size, 1), make_shapes(4000, args.image_size, 2)
+    return Dataset(train[0], *train, *test)
 
 
 # ---- Augmentations: one batch at a time, every image with its own draw -----------------------
@@ -610,7 +607,7 @@ def draw_view(view, n, height, width, generator):
     # What the host needs to know comes from a generator of its own: reading the device's would wait for it.
     host = generator if device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed() + generator.get_offset())
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=generator, device=device)
-    happens = lambda p: torch.rand(n, generator=generator, device=device) < p
+    happens = lambda p: uniform(0, 1) < p
 
     # Crop as RandomResizedCrop draws it: area and log aspect ratio, the first of ten attempts that fits, else the
     # largest crop (which torchvision centres).
@@ -643,8 +640,7 @@ def resampling_matrix(start, length, flip, size_in, size_out):
     scale = (length / size_out)[:, None, None]
     i = torch.arange(size_out, device=start.device)[None, :, None] + 0.5
     i = torch.where(flip[:, None, None], size_out - i, i)
-    j = torch.arange(size_in, device=start.device)[None, None, :] + 0.5
-    j = j - start[:, None, None]                                                            # position inside the cut-out
+    j = torch.arange(size_in, device=start.device) + 0.5 - start[:, None, None]             # position inside the cut-out
     weights = (1 - (j - i * scale).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * ((j > 0) & (j < length[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
@@ -709,10 +705,9 @@ def apply_view(images, p, size):
 
 def augment(images, view, size, generator):
     """One view [n, 3, size, size], normalised float32 whatever the autocast, of images [n, 3, H, W] uint8."""
+    (n, height, width), (rank, world) = images[:, 0].shape, process()
     ## On a CPU, parts that fit its caches take a sixth of the time that the whole batch takes at once.
-    part = max(1, 2**17 // size**2) if images.device.type == "cpu" else len(images) * process()[1]
-    n, height, width = images[:, 0].shape
-    rank, world = process()
+    part = max(1, 2**17 // size**2) if images.device.type == "cpu" else n * world
     views, first = [], rank * n                # these n images are the rows first, first + 1, ... of the batch
     with torch.autocast(images.device.type, enabled=False):
         for start in range(0, n * world, part):
@@ -761,18 +756,16 @@ class ResNet(nn.Module):
                 # Not on a map of one cell: there a stride changes nothing, but torch 2.15's bf16 kernels
                 # leave the gradient of the taps that see only padding uninitialised.
                 planes, stride, shortcut = width * 2**i, 2 if i > 0 and j == 0 and size > 1 else 1, None
-                size = math.ceil(size / stride)
-                if stride > 1 or channels != planes * block.expansion:
-                    shortcut = nn.Sequential(nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
-                                             nn.BatchNorm2d(planes * block.expansion))
-                blocks.append(block(channels, planes, stride, shortcut, base_width=64))
-                channels = planes * block.expansion
+                size, out = math.ceil(size / stride), planes * block.expansion
+                if stride > 1 or channels != out:
+                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                blocks.append(block(channels, planes, stride, shortcut))
+                nn.init.zeros_(getattr(blocks[-1], "bn3", blocks[-1].bn2).weight)
+                channels = out
         self.blocks, self.channels, self.map_size = nn.Sequential(*blocks), channels, size
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (BasicBlock, Bottleneck)):
-                nn.init.zeros_((module.bn2 if block is BasicBlock else module.bn3).weight)
 
     def forward(self, x):
         """[B, C, H, W] -> the map before pooling [B, channels, h, w]."""
@@ -928,8 +921,7 @@ def average(value):
     """The mean of a tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
+    return value / process()[1]
 
 
 def from_first(value):
@@ -943,13 +935,13 @@ def from_first(value):
 # ---- Optimisation ----------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, per weight tensor, by eta ||w|| / ||gradient|| (You et al. 2017).
+    """SGD with a momentum of 0.9 whose step is scaled, per weight tensor, by 0.001 ||w|| / ||gradient|| (You et al. 2017).
 
     Groups with lars=False (biases, norms) take plain momentum steps.
     """
 
-    def __init__(self, params, lr, momentum=0.9, eta=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, eta=eta, weight_decay=0.0, lars=True))
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr, weight_decay=0.0, lars=True))
 
     @torch.no_grad()
     def step(self):
@@ -958,10 +950,9 @@ class LARS(torch.optim.Optimizer):
                 g = p.grad
                 if group["lars"]:
                     g = g + group["weight_decay"] * p
-                    ratio = group["eta"] * p.norm() / g.norm()
+                    ratio = 0.001 * p.norm() / g.norm()
                     g = g * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                velocity.mul_(group["momentum"]).add_(g)
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p)).mul_(0.9).add_(g)
                 p.sub_(velocity, alpha=group["lr"])
 
 
@@ -1275,10 +1266,9 @@ def restore(args, model, optimizer, images):
         raise Unusable(f"argument {flags}: {now}, but the run in {out} was started with {then}")
     if state.get("images", images) != images:
         raise Unusable(f"argument --data-dir: {images} images to train on, but the run in {out} was started with {state['images']}")
-    moments = state["optimizer"].get("state")
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         for group, p in ((group, p) for group in optimizer.param_groups for p in group["params"]):
             names = {"velocity"} if isinstance(optimizer, LARS) else {"step", "exp_avg"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
             if optimizer.state[p].keys() != names or any(m.dtype != p.dtype or m.shape not in (p.shape, ()) for m in optimizer.state[p].values()):
@@ -1358,7 +1348,7 @@ def write(path, save, keep=None):
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 LOGGED = {"epoch", "loss", "lr", "images_per_second", "peak_memory_mb", "seconds", "effective_rank", "feature_std"}
 OPTIONAL = {"knn", "curve"}                     # not in every row; "curve": the terms in tenths of the epoch
-# Of what torch's loader lets in: the rest may ask for memory that is not in the file.
+# Only these, of what torch's loader lets in: the rest may ask for memory that is not in the file.
 PICKLED = "collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage"
 
 
@@ -1403,17 +1393,16 @@ def load_checkpoint(path, method=None):
 
 def write_log(history, out):
     """metrics.jsonl and curves.png of all epochs so far."""
-    text = "".join(json.dumps(row) + "\n" for row in history)
-    write(out / "metrics.jsonl", lambda file: file.write(text.encode()))
-    figure = draw_curves({"": history})
-    write(out / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    write(out / "metrics.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in history).encode()))
+    write(out / "curves.png", lambda file: draw_curves({"": history}).savefig(file, format="png", dpi=100))
     gc.collect()                               # a figure is full of cycles: uncollected, those of 50 epochs hold 100 MB
 
 
 def draw_curves(logs):
     """{name of a run: its log} as five plots over epochs.
 
-    Loss and its terms (in tenths of an epoch), effective rank and spread of what is watched for collapse, k-NN accuracy. A curve has one colour in all runs, a run one style of line (from the fifth on with another marker).
+    Loss and its terms (in tenths of an epoch), effective rank and spread of what is watched for collapse, k-NN accuracy.
+    A curve has one colour in all runs, a run one style of line (from the fifth on with another marker).
     """
     figure = Figure(figsize=(22, 4), layout="constrained")
     axes = figure.subplots(1, 5)
@@ -1463,9 +1452,8 @@ def extract(model, images, args):
         done += len(batch)
     model.train(training)
     features = {level: gather(y)[:len(images)] for level, y in features.items()}
-    for level, y in features.items():
-        if not torch.isfinite(y).all():
-            raise RunFailed(f"the features of level {level} are not finite: the run has diverged. Try a lower --lr.")
+    if bad := [level for level, y in features.items() if not torch.isfinite(y).all()]:
+        raise RunFailed(f"the features of level {bad[0]} are not finite: the run has diverged. Try a lower --lr.")
     return features
 
 

@@ -1,4 +1,4 @@
-"""S-JEA: stacked joint-embedding architectures, VICReg on VICReg.
+r"""S-JEA: stacked joint-embedding architectures, VICReg on VICReg.
 
 Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
 
@@ -8,7 +8,7 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
 A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map*
 before pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops
 over stacks, so its names keep only the view: z_1 is first z0_1, then z1_1. For both views x_k = t_k(x), k = 1, 2,
-of a batch x of n = B images, each image with its own draw (in the code t_k is what it is drawn from, the paper's T):
+of a batch x of n = B images, each image with its own draw (in the code t_k is the distribution, the paper's T):
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
@@ -45,10 +45,10 @@ The stem is 3x3, without max-pooling, for images up to 64 px and in every later 
 would have a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of
 vicreg.py, on a CPU bit for bit.
 
-The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate: --lr is for a batch of 256,
-0.002 for 1e-3):
+The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate of 1e-3: --lr 0.002 is for a
+batch of 256, so 0.001 for 128):
 
-    python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 \\
+    python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 \
         --optimizer adamw --batch-size 128 --lr 0.002 --weight-decay 0 --warmup-epochs 1
 
 --projectors 10 is a projector on stack 0 and none on stack 1: Table 1's figures on CIFAR-10 are those of this
@@ -83,7 +83,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension has a spread of gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension's spread is gamma or more.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -107,7 +107,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), as both papers' authors' code has it: s over n * d, half of v + v'.
+    """l(Z, Z') of VICReg Eq. (6), S-JEA Eq. (1), as in both authors' code: s over n * d, v(Z) + v(Z') halved.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32.
     Returns (loss, {name: unweighted term}), all scalars.
@@ -122,10 +122,10 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     return loss, {"invariance": s, "variance": v, "covariance": c}
 
 
-def barlow_twins_loss(z_1, z_2, lambda_=0.005):
+def barlow_twins_loss(z_1, z_2, lambda_=0.005):                           # the paper's lambda, not VICReg's
     """L_BT of Barlow Twins Eq. (1): another base to stack on, which S-JEA's paper does not try.
 
-    Zbontar et al. 2021, https://arxiv.org/abs/2103.03230; lambda_ is not VICReg's. Called like vicreg_loss.
+    Zbontar et al. 2021, https://arxiv.org/abs/2103.03230. z_1, z_2 and what is returned: as in vicreg_loss.
     """
     ## One matrix, *across* the views, of standardised dimensions: its diagonal at 1 for agreement (a constant dimension
     ## has 0 there), the rest at 0 for dimensions that say different things.
@@ -158,7 +158,7 @@ class SJEA(nn.Module):
         self.f, self.h, self.stop_gradient = nn.ModuleList(), nn.ModuleList(), args.stop_gradient
         channels, size = 3, args.image_size
         for stack in range(args.stacks):
-            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem up to 64
+            self.f.append(common.ResNet(args.arch, size, in_channels=channels, width=args.width))   # 3x3 stem to 64 px
             channels, size = self.f[-1].channels, self.f[-1].map_size     # of the map that the next stack reads
             with_projector = args.projectors[stack] == "1"                # S-JEA Table 3
             self.h.append(projector(channels, args.projector) if with_projector else nn.Identity())
@@ -191,7 +191,7 @@ class SJEA(nn.Module):
 
 def transformations(args):
     """(t_1, t_2), what the two views are drawn from: S-JEA's or VICReg's authors' code's, or crops and flips alone."""
-    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
+    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)        # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
     if args.augmentation == "crop":
@@ -202,7 +202,7 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings). The loop and the optimizer are in common.train."""
     t_1, t_2 = transformations(args)
     # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S], S = args.image_size
     x_1 = common.augment(x, t_1, args.image_size, generator)
@@ -228,12 +228,12 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
-    add("--projectors", help="one digit per stack, 1 with a projector, 0 without, as in Table 3; Table 1: 10 (default: all 1)")
+    add("--projectors", help="a digit per stack from 0 on: 1 with a projector, 0 without, as in Table 3; Table 1: 10 (default: all 1)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="whose loss every stack has; barlow-twins does not use lambda, mu, nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone (with --stacks 1 there is nothing to stop)")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose views; crop: only crops and flips; vicreg: with blur above 64 px")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: shapes 0.8; else 0.3; with vicreg's views 0.08)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.8 on shapes; else 0.3, of vicreg 0.08)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 suits a small d)")

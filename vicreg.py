@@ -12,6 +12,7 @@ the views, y, y' and z, z' for what becomes of them, Z, Z' for a batch of n (her
     Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
 
 C(Z) is a covariance and S(x, eps) a deviation; in shapes C is the number of channels and S the side of a view.
+z_i is row i of Z, one image, and z^j its column j, one dimension; in c, i and j are dimensions.
 
     Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
     Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)                            gamma = 1, eps = 1e-4
@@ -49,7 +50,7 @@ def invariance(z_1, z_2):
 def variance(z, gamma=1.0, eps=1e-4):
     """v(Z) of VICReg Eq. (1): how far the dimensions' standard deviations fall short of gamma, on average.
 
-    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension has a spread of gamma.
+    z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension's spread is gamma or more.
     """
     ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
     ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
@@ -73,7 +74,7 @@ def covariance(z):
 
 
 def vicreg_loss(z_1, z_2, lambda_, mu, nu):
-    """l(Z, Z') of VICReg Eq. (6) and S-JEA Eq. (1), as both papers' authors' code has it: s over n * d, half of v + v'.
+    """l(Z, Z') of VICReg Eq. (6), S-JEA Eq. (1), as in both authors' code: s over n * d, v(Z) + v(Z') halved.
 
     z_1, z_2: [n, d], any float dtype; half precision is computed in float32.
     Returns (loss, {name: unweighted term}), all scalars.
@@ -109,7 +110,7 @@ class VICReg(nn.Module):
 
     def forward(self, x_1, x_2):
         """Two views [B, 3, S, S] -> their embeddings [B, d]."""
-        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, C, h, w]
+        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, C, h, w]; pooled, the paper's Y
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
     def representations(self, x):
@@ -121,7 +122,7 @@ class VICReg(nn.Module):
 
 def transformations(args):
     """(t_1, t_2), what the two views are drawn from: S-JEA's or VICReg's authors' code's, or crops and flips alone."""
-    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)
+    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)        # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
     if args.augmentation == "crop":
@@ -132,14 +133,14 @@ def transformations(args):
 
 
 def training_step(model, x, args, generator):
-    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings) for common.train, which has the loop."""
+    """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings). The loop and the optimizer are in common.train."""
     t_1, t_2 = transformations(args)
     x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S], S = args.image_size
     x_2 = common.augment(x, t_2, args.image_size, generator)
     z_1, z_2 = model(x_1, x_2)
     z_1, z_2 = common.gather(z_1), common.gather(z_2)                     # [n, d]; under torchrun n = B x processes
     loss, terms = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)
-    return loss, terms, {"0": z_1}
+    return loss, terms, {"0": z_1}                                        # z_1: for the log's effective_rank
 
 
 # ---- arguments ------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def arguments(argv=None):
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
     add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
     add("--augmentation", choices=("vicreg", "sjea", "crop"), default="sjea", help="whose views; crop: only crops and flips; vicreg: with blur above 64 px")
-    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: shapes 0.8; else 0.3; with vicreg's views 0.08)")
+    add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.8 on shapes; else 0.3, of vicreg 0.08)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
     add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 suits a small d)")
