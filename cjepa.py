@@ -269,7 +269,8 @@ def update_target(model, args, progress):
     ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
     ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
     ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
-    ## soon in a run of a few thousand steps.
+    ## soon in a run of a few thousand steps; with one that ends at 0.995 the features of a run of 50,000 get worse from
+    ## the 12,000th on (results/README.md): there take --ema 0.998 --ema-end 1.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -299,7 +300,7 @@ def arguments(argv=None):
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
-    add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
+    add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1; here in long runs, too, after --ema 0.998)")
     add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the VICReg terms together; 0 is I-JEPA; counts far less with --loss l2")
     add("--beta-sim", type=number(float, 0), default=25.0, help="weight of s, the invariance term, among the three")
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")

@@ -1147,7 +1147,7 @@ def train(args, model, training_step, data, after_step=None):
             saved = time.monotonic()
             if last:
                 write_log(history, out)
-                report(row, args.epochs, history)
+                report(row, args.epochs, history, len(data.test_images))
             if stop := from_first(signals[:1]):                   # asked for only now: it may have come while the features were judged
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
@@ -1289,8 +1289,11 @@ def restore(args, model, optimizer, images):
     return state["step"], state["terms"], state["seconds"], state["history"]
 
 
-def report(row, epochs, history):
-    """One line per epoch on the terminal, and a warning where the embeddings collapse."""
+def report(row, epochs, history, tested):
+    """One line per epoch on the terminal, and a warning where embeddings collapse or features get worse.
+
+    row: the last of history; tested: the number of images that k-NN accuracies are of.
+    """
     line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}  rank " + " / ".join(f"{rank:.1f}" for rank in row["effective_rank"].values())
     if "knn" in row:
         line += "  k-NN " + " / ".join(f"{100 * accuracy:.1f}" for accuracy in row["knn"].values())
@@ -1300,6 +1303,13 @@ def report(row, epochs, history):
             tqdm.write(f"warning: level {level} is collapsing: the effective rank of its embeddings is {rank:.2f}. "
                        "Try a lower --lr or, where the method has them, more weight on the variance term or a slower target encoder.",
                        file=sys.stderr)
+    for level in row.get("knn", ()):
+        scores = [past["knn"][level] for past in history if "knn" in past]
+        fall = max(0.03, 2 / math.sqrt(tested))    # four times the sampling error, or more
+        low = [score < best - fall for score, best in zip(scores, itertools.accumulate(scores, max))]
+        if low[-1] and not any(low[:-1]):          # neither the loss nor the rank says so
+            tqdm.write(f"warning: level {level} gets worse: its k-NN accuracy was {100 * max(scores):.1f} % and is {100 * scores[-1]:.1f} %. "
+                       "Try fewer --epochs, a lower --lr or, where the method has one, a slower target encoder.", file=sys.stderr)
 
 
 def peak_memory_mb(device):

@@ -3,7 +3,7 @@
 Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://arxiv.org/abs/2301.08243
 
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
-    python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
+    python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100 --ema 0.996 --ema-end 1
 
 An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large
 square that lie in none of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what
@@ -208,7 +208,8 @@ def update_target(model, args, progress):
     ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
     ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
     ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
-    ## soon in a run of a few thousand steps.
+    ## soon in a run of a few thousand steps; with one that ends at 0.995 the features of a run of 50,000 get worse from
+    ## the 12,000th on (results/README.md): there take --ema 0.998 --ema-end 1.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -238,7 +239,7 @@ def arguments(argv=None):
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
-    add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1)")
+    add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1; here in long runs, too, after --ema 0.998)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon, or the paper's adamw (default --lr: 0.016; PAPER: 1.25e-4)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3; on shapes 0.8, with --recipe paper 0.3)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step (default: constant; --recipe paper: 0.4)")
