@@ -1147,7 +1147,7 @@ def train(args, model, training_step, data, after_step=None):
             saved = time.monotonic()
             if last:
                 write_log(history, out)
-                report(row, args.epochs, history, len(data.test_images))
+                report(history, args.epochs, len(data.test_images))
             if stop := from_first(signals[:1]):                   # asked for only now: it may have come while the features were judged
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
@@ -1289,11 +1289,12 @@ def restore(args, model, optimizer, images):
     return state["step"], state["terms"], state["seconds"], state["history"]
 
 
-def report(row, epochs, history, tested):
-    """One line per epoch on the terminal, and a warning where embeddings collapse or features get worse.
+def report(history, epochs, tested):
+    """One line on the terminal for the last epoch of history, and a warning where embeddings collapse or features get worse.
 
-    row: the last of history; tested: the number of images that k-NN accuracies are of.
+    tested: the number of images that k-NN accuracies are of.
     """
+    row = history[-1]
     line = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}  rank " + " / ".join(f"{rank:.1f}" for rank in row["effective_rank"].values())
     if "knn" in row:
         line += "  k-NN " + " / ".join(f"{100 * accuracy:.1f}" for accuracy in row["knn"].values())
