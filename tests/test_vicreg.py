@@ -307,7 +307,7 @@ def test_one_direction_is_a_collapse_and_two_are_not(capsys):
     row = lambda directions: {"epoch": 1, "loss": 1.0, "images_per_second": 1.0, "peak_memory_mb": 1.0,
                               "effective_rank": {"0": common.effective_rank(0.99 * z[:, :directions])}}
     for directions, warns in ((3, False), (2, False), (1, True)):
-        common.report([row(directions)], 2, 100)
+        common.report([row(3), row(directions)], 2, 100)
         assert ("level 0 is collapsing" in capsys.readouterr().err) == warns
     common.report([row(1), row(1)], 2, 100)
     assert "collapsing" not in capsys.readouterr().err
@@ -315,13 +315,14 @@ def test_one_direction_is_a_collapse_and_two_are_not(capsys):
 
 def test_a_fall_of_knn_below_its_best_warns_once(capsys):
     """By three points, or, where few images are judged, by four times the sampling error; a later rise and fall warns no more."""
-    row = lambda accuracy: {"epoch": 1, "loss": 1.0, "images_per_second": 1.0, "peak_memory_mb": 1.0, "effective_rank": {"target": 9.0},
-                            **({} if accuracy is None else {"knn": {"target": accuracy}})}
+    row = lambda epoch, accuracy: {"epoch": epoch, "loss": 1.0, "images_per_second": 1.0, "peak_memory_mb": 1.0, "effective_rank": {"target": 9.0},
+                                   **({} if accuracy is None else {"knn": {"target": accuracy}})}
     for tested, accuracies, warns in ((10000, (0.40, 0.50, None, 0.475), False), (10000, (0.40, 0.50, None, 0.465), True), (10000, (0.50,), False),
                                       (400, (0.40, 0.50, 0.405), False), (400, (0.40, 0.50, 0.395), True), (10000, (0.50, 0.45, 0.52, 0.44), False)):
-        history = [row(accuracy) for accuracy in accuracies]
-        common.report(history, 9, tested)
-        assert ("level target gets worse: its k-NN accuracy was 50.0 %" in capsys.readouterr().err) == warns, accuracies
+        common.report([row(1 + i, accuracy) for i, accuracy in enumerate(accuracies)], 9, tested)
+        out, err = capsys.readouterr()
+        assert out.startswith(f"epoch {len(accuracies)}/9 ") and f"k-NN {100 * accuracies[-1]:.1f} " in out
+        assert ("level target gets worse: its k-NN accuracy was 50.0 %" in err) == warns, accuracies
 
 
 def test_drawing_the_curves_leaves_no_figure_behind(tmp_path):
