@@ -269,8 +269,7 @@ def update_target(model, args, progress):
     ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
     ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
     ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
-    ## soon in a run of a few thousand steps; with one that ends at 0.995 the features of a run of 50,000 get worse from
-    ## the 12,000th on (results/README.md): there take --ema 0.998 --ema-end 1.
+    ## soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -299,8 +298,8 @@ def arguments(argv=None):
     add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
-    add("--ema", type=number(float, 0, 1), default=0.99, help="m: the target's momentum at the start; 0: no EMA, the target is the context encoder")
-    add("--ema-end", type=number(float, 0, 1), default=0.995, help="m at the end (the paper: 1; here in long runs, too, after --ema 0.998)")
+    add("--ema", type=number(float, 0, 1), help="m: the target's momentum at the start (default: 0.99; 1 - 125 / steps in runs of over 12,500); 0: no EMA, the target is the context encoder")
+    add("--ema-end", type=number(float, 0, 1), help="m at the end (default: halfway from --ema to 1, which the paper's reaches)")
     add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the VICReg terms together; 0 is I-JEPA; counts far less with --loss l2")
     add("--beta-sim", type=number(float, 0), default=25.0, help="weight of s, the invariance term, among the three")
     add("--beta-std", type=number(float, 0), default=25.0, help="weight of v, the variance term")
@@ -318,8 +317,6 @@ def arguments(argv=None):
         if given.vit in ("large", "huge"):
             parser.set_defaults(predictor_depth=12)
     args = common.parse(parser, argv)
-    if args.ema_end < args.ema:
-        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")
     args.predictor_width = args.predictor_width or min(384, common.VITS[args.vit][0] // 2)
     args.crop_min = args.crop_min or (0.8 if args.dataset == "shapes" else 0.3)
     args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
@@ -356,11 +353,24 @@ def check_grid(args):
                               "can cover the whole context")
 
 
+def settle_ema(args, steps):
+    """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
+    ## The target averages the context encoder over the last 1 / (1 - m) steps. With 100 to 200 of them, best in runs of some minutes,
+    ## the features of a run of 50,000 steps get worse from the 12,000th on (results/README.md): from there on the window grows with the run.
+    if args.ema is None:
+        args.ema = 1 - 125 / max(12_500, steps)
+    if args.ema_end is None:
+        args.ema_end = (1 + args.ema) / 2
+    if args.ema_end < args.ema:
+        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")
+
+
 # ---- main -----------------------------------------------------------------------------------
 
 def main(argv=None):
     args = arguments(argv)
     data = common.load_dataset(args)
+    settle_ema(args, args.epochs * (len(data.images) // args.batch_size))
     torch.manual_seed(args.seed)
     model = JEPA(args)
     features = common.train(args, model, training_step, data, update_target)

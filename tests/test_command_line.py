@@ -143,7 +143,7 @@ BAD = [  # script, flags, words of the line
     ("ijepa", "--ema 1.1", "--ema 1.1"),
     ("ijepa", "--ema -0.1", "--ema -0.1"),
     ("cjepa", "--ema-end 1.1", "--ema-end 1.1"),
-    ("ijepa", "--ema 0.996", "--ema-end 0.995 0.996"),
+    ("ijepa", "--ema 0.996 --ema-end 0.995", "--ema-end 0.995 0.996"),
     ("ijepa", "--vit nano", "--vit nano micro"),
     ("ijepa", "--predictor-width 62", "--predictor-width 62 4"),
     ("ijepa", "--predictor-width 256", "--predictor-width 256 96"),

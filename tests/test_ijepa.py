@@ -337,6 +337,16 @@ def test_attention_equals_its_definition_token_by_token(N, gradient):
 # ---- whole runs ----
 
 
+@pytest.mark.parametrize("method", ["ijepa", "cjepa"])
+def test_a_run_settles_its_momentum(method, tiny_run, monkeypatch):
+    """By its steps: 3 epochs of 128 images, 32 at a time, played as 20,000 steps each."""
+    script, settled = __import__(method), []
+    settle = script.settle_ema
+    monkeypatch.setattr(script, "settle_ema", lambda args, steps: settled.append(steps) or settle(args, steps * 20_000 // 4))
+    config = json.loads((tiny_run(method, "--epochs", "3") / "config.json").read_text())
+    assert settled == [12] and (config["ema"], config["ema_end"]) == pytest.approx((1 - 125 / 60_000, 1 - 62.5 / 60_000))
+
+
 def test_training_is_a_plain_loop(tiny_run, monkeypatch):
     """What a step saw is taken from the run; rates, decay, optimizer, EMA, and the log's means are computed here."""
     seen, step = [], ijepa.training_step
@@ -409,6 +419,16 @@ def test_recipes(method):
     assert [arguments(["--recipe", "paper", "--vit", size]).predictor_depth for size in ("small", "large", "huge")] == [6, 12, 12]
     assert (small.crop_min, arguments(["--dataset", "cifar10"]).crop_min) == (0.8, 0.3)
     assert (small.optimizer, small.lr, adamw.lr) == ("muon", 0.032, 0.016)
+
+
+@pytest.mark.parametrize("flags, steps, momentum", [
+    ("", 12, (0.99, 0.995)), ("", 12_500, (0.99, 0.995)), ("", 50_000, (0.9975, 0.99875)), ("", 312_500, (0.9996, 0.9998)),
+    ("--ema-end 1", 50_000, (0.9975, 1)), ("--ema 0.9", 50_000, (0.9, 0.95)), ("--ema 0", 12, (0, 0.5)), ("--ema 1", 12, (1, 1)),
+    ("--ema 0.5 --ema-end 0.5", 12, (0.5, 0.5)), ("--recipe paper", 375_000, (0.996, 1))])
+def test_the_momentum_of_a_long_run_is_higher(flags, steps, momentum):
+    args = ijepa.arguments(flags.split())
+    ijepa.settle_ema(args, steps)
+    assert (args.ema, args.ema_end) == pytest.approx(momentum, abs=1e-9)
 
 
 def test_judging_takes_no_memory_but_the_features():
