@@ -259,8 +259,7 @@ def resize(images, size):
     """[N, 3, H, W] uint8 -> [N, 3, size, size] uint8."""
     if images.shape[-2:] == (size, size):
         return images
-    return torch.cat([F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-                      for part in images.split(1000)])
+    return torch.cat([torchvision.transforms.functional.resize(part, [size, size]) for part in images.split(1000)])
 
 
 def torchvision_dataset(name, args, **options):
@@ -337,7 +336,8 @@ def load_folder(args, download):
         if args.skip_bad_images and not index["readable"].all():
             if not index["readable"].any():
                 raise Unusable(f"argument --data-dir: not one of the {len(images)} images in {part} can be read")
-            print(f"{part}: skipped {(~index['readable']).sum()} of {len(images)} images that cannot be read", file=sys.stderr)
+            if process()[0] == 0:
+                print(f"{part}: skipped {(~index['readable']).sum()} of {len(images)} images that cannot be read", file=sys.stderr)
             images, labels = images[index["readable"]], labels[index["readable"]]
         if stream and new and download:
             try:
@@ -421,7 +421,7 @@ def read_all(images, skip, keep):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = torch.arange(len(images)).split(5000)                      # a million tasks at once would fill a memory themselves
         decoded = (image for part in parts for image in pool.map(images.__getitem__, part.tolist()))
-        for i, image in enumerate(tqdm(decoded, f"reading {images.root}", len(images), leave=False)):
+        for i, image in enumerate(tqdm(decoded, f"reading {images.root}", len(images), leave=False, disable=process()[0] > 0)):
             readable[i] = not isinstance(image, str)
             if not readable[i] and not skip:
                 raise Unusable(f"argument --data-dir: {image}; --skip-bad-images goes on without it")
@@ -1079,7 +1079,7 @@ def train(args, model, training_step, data, after_step=None):
         unread, saved = [], time.monotonic()
         names = (history[0] if history else so_far).keys() - LOGGED - OPTIONAL    # none in a new run
 
-        for step, images in zip(range(first, steps), load_batches(data.images, draw_batches(data.images, args, first, steps), device)):
+        for step, images in enumerate(load_batches(data.images, draw_batches(data.images, args, first, steps), device), first):
             epoch, i = divmod(step, per_epoch)
             if i == 0 or step == first:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
@@ -1101,6 +1101,8 @@ def train(args, model, training_step, data, after_step=None):
                 optimizer.step()                                  # bf16 is for Muon's matrix products
             if after_step:
                 after_step(model, args, step / max(1, steps - 1))
+            if taken := terms.keys() & (LOGGED | OPTIONAL):
+                raise RunFailed(f"{min(taken)} is a field of the log: give that term another name")
             names = names or set(terms)                           # not terms.keys(), which would hold this step's graph
             if terms.keys() != names:
                 raise RunFailed(f"the terms of step {step} are {', '.join(sorted(terms))}, of those before "
@@ -1147,7 +1149,8 @@ def train(args, model, training_step, data, after_step=None):
             saved = time.monotonic()
             if last:
                 write_log(history, out)
-                report(history, args.epochs, len(data.test_images))
+                if rank == 0:
+                    report(history, args.epochs, len(data.test_images))
             if stop := from_first(signals[:1]):                   # asked for only now: it may have come while the features were judged
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
@@ -1387,7 +1390,8 @@ def load_checkpoint(path, method=None):
         log, terms = state.get("history"), state["terms"]
         if not (all(isinstance(state.get(name), kind) for name, kind in fields.items())
                 and all(isinstance(row, dict) and row.keys() - OPTIONAL == log[0].keys() - OPTIONAL >= LOGGED for row in log)
-                and all(logged.get(name, number)(value) for row in log for name, value in row.items())
+                and all(isinstance(name, str) and logged.get(name, number)(value) for row in log for name, value in row.items())
+                and all(len({frozenset(row[name]) for row in log if name in row}) <= 1 for name in logged)
                 and lists(terms) and len(set(map(len, terms.values()))) <= 1
                 and all(isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() >= value.nbytes    # not one number for all of it
                         for values in (state["model"], *state["optimizer"].get("state", {}).values()) for value in values.values())):

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.manifold import TSNE
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 import common
 import eval_linear
@@ -60,11 +61,6 @@ def load_run(path, options, shared=None):
     return Run(path, path.resolve().parent.name, args, model, history, images, labels, features)
 
 
-def style(c):
-    """Colour and marker of class c."""
-    return dict(color=COLOURS[c % 10], marker=MARKERS[c // 10 % 10])
-
-
 def picture(image):
     """[3, H, W], uint8 or ImageNet-normalised -> [H, W, 3] in [0, 1]."""
     image = image.cpu()
@@ -73,7 +69,7 @@ def picture(image):
     return image.permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
 
 
-def panels(rows, columns, size=3.0):
+def panels(rows, columns, size):
     figure = Figure(figsize=(size * columns, size * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -99,7 +95,7 @@ def tsne(runs):
     for axis, (run, level) in zip(axes.flat, columns):
         points, (label, y) = embed(run.features[level]), next(iter(run.labels.items()))
         for c in y.unique().tolist():
-            axis.scatter(*points[(y == c).numpy()].T, s=9, label=f"{c}", **style(c))
+            axis.scatter(*points[(y == c).numpy()].T, s=9, label=f"{c}", color=COLOURS[c % 10], marker=MARKERS[c // 10 % 10])
         axis.set(title=f"{run.name}: level {level}, t-SNE by {label}")
     classes = {int(c): handle for axis in axes.flat for handle, c in zip(*axis.get_legend_handles_labels())}
     if len(classes) <= 100:                    # beyond, their styles repeat
@@ -213,16 +209,14 @@ def masks(runs):
         context, targets = script.draw_masks(args, args.batch_size, torch.Generator().manual_seed(0))  # the cut of the context is the batch's
         row[0].set_ylabel(args.masking)
         for axis, image, seen, blocks in zip(row, run.images, context, targets):
-            shown = np.full((grid * p, grid * p, 3), 0.85)
-            for i in seen.tolist():
-                where = np.s_[i // grid * p:(i // grid + 1) * p, i % grid * p:(i % grid + 1) * p]
-                shown[where] = picture(image)[where]
-            axis.imshow(shown)
+            hidden = np.ones(grid**2, bool)
+            hidden[seen] = False
+            hidden = np.kron(hidden.reshape(grid, grid), np.ones((p, p), bool))                             # by pixel
+            axis.imshow(np.where(hidden[..., None], 0.85, picture(image)))
             for k, block in enumerate(blocks):
-                inside = torch.zeros(grid + 2, grid + 2)
+                inside = np.zeros((grid + 2, grid + 2))
                 inside[block // grid + 1, block % grid + 1] = 1
-                outline = inside.repeat_interleave(8, 0).repeat_interleave(8, 1)
-                axis.contour(outline.numpy(), [0.5], colors=COLOURS[6 - k % 4 * 2], linewidths=1.5, extent=np.array([-1, grid + 1] * 2) * p - 0.5)
+                axis.contour(np.kron(inside, np.ones((8, 8))), [0.5], colors=COLOURS[6 - k % 4 * 2], linewidths=1.5, extent=np.array([-1, grid + 1] * 2) * p - 0.5)
             axis.set(xlim=(-1, grid * p), ylim=(grid * p, -1))
     figure.suptitle(f"{run.name}: context (in colour) and targets (outlined) by --masking")
     return figure
@@ -291,15 +285,11 @@ def attention(runs):
 
 # ---- the page: a map per level, to be explored -----------------------------------------------
 
-def explorer(run, count=1000):
+def explorer(run):
     """index.html: one self-contained page with the t-SNE map of each level, neighbours and sub-clusters."""
-    images = common.resize(run.images[:count], min(224, run.images.shape[-1]))               # a webp has 16,383 px a side at most
-    columns, size = 40, images.shape[-1]
-    sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
-    for i, image in enumerate(images):
-        sheet.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), (i % columns * size, i // columns * size))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "webp", quality=80)
+    images = common.resize(run.images[:1000], min(224, run.images.shape[-1]))                # a webp has 16,383 px a side at most
+    count, columns, buffer = len(images), min(40, len(images)), io.BytesIO()
+    to_pil_image(make_grid(images, columns, padding=0)).save(buffer, "webp", quality=80)
     y = next(iter(run.labels.values()))[:count]
     levels = {}
     for level, features in run.features.items():
@@ -311,7 +301,7 @@ def explorer(run, count=1000):
             inside[chosen, 2] = KMeans(min(4, len(chosen)), n_init=10, random_state=0).fit_predict(z[chosen].cpu())
         nearest = (z @ z.T).fill_diagonal_(-2).topk(min(8, len(z) - 1)).indices
         levels[level] = {"all": embed(features[:count]).round(4).tolist(), "inside": inside.round(4).tolist(), "nearest": nearest.tolist()}
-    data = {"title": f"{run.name}: {run.args.method} on {run.args.dataset}", "size": size, "columns": columns, "levels": levels, "colours": COLOURS,
+    data = {"title": f"{run.name}: {run.args.method} on {run.args.dataset}", "size": images.shape[-1], "columns": columns, "levels": levels, "colours": COLOURS,
             "labels": {name: values[:count].tolist() for name, values in run.labels.items()},
             "sheet": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()}
     template = Path(__file__).with_name("explorer.html").read_text()

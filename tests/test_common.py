@@ -1115,6 +1115,15 @@ def test_terms_that_change_end_the_run_and_leave_what_was_saved(byol, tiny_run, 
         assert len(common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
 
 
+@pytest.mark.parametrize("name", ["loss", "lr", "knn"])
+def test_a_term_named_like_a_field_of_the_log_is_refused(byol, tiny_run, tmp_path, monkeypatch, name):
+    step = byol.training_step
+    monkeypatch.setattr(byol, "training_step", lambda *given: (lambda loss, terms, z: (loss, {**terms, name: loss}, z))(*step(*given)))
+    with pytest.raises(common.RunFailed, match=f"{name} is a field of the log"):
+        tiny_run("byol", out=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_a_step_keeps_nothing_of_the_steps_before_the_last(byol, tiny_run, monkeypatch):
     """Else the graph of one step, with its activations, would lie in memory to the end."""
     step, seen, alive = byol.training_step, [], []

@@ -450,6 +450,7 @@ def change(state, where, value):
 
 FORGED = [  # where, what
     ("step", 10**9), ("step", -1), ("step", "8"), ("terms", {"loss": ["x"]}), ("terms", {"loss": 0.5}), ("terms", {"loss": [0.5]}), ("terms", {"loss": [], "x": [0.5]}), ("history/0/curve", {"loss": 0.5}),
+    ("history/1/effective_rank", {"x": 2.0}), ("history/0/feature_std", {"0": 1.0, "x": 1.0}), ("history/0/knn", {"x": 0.5}),
     ("seconds", None), ("history/0/loss", "low"), ("history/0/loss", KeyError),
     ("history/0", 3), ("history/0/effective_rank", {"0": []}), ("history/0/effective_rank", 1.0), ("history/0/lr", {"0": 1.0}), ("history", [{}]), ("model/h.0.weight", 5), ("model/h.0.weight", torch.zeros(3)), ("model/h.0.weight", torch.eye(8).to_sparse()), ("model/h.0.weight", torch.empty(8, 64, device="meta")),
     ("model/h.0.weight", torch.zeros(1).expand(2**40)), ("optimizer/state/0/exp_avg", torch.zeros(1).expand(2**40)),
@@ -469,6 +470,14 @@ def test_a_forged_checkpoint_is_refused(where, what, undisturbed, tmp_path):
     if where.startswith(("model", "config")):
         with pytest.raises(common.Unusable, match="checkpoint.pt: (its|written|a checkpoint)"):
             eval_linear.load(tmp_path / "checkpoint.pt")
+
+
+def test_a_log_with_a_field_whose_name_is_a_number_is_refused(undisturbed, tmp_path):
+    state = torch.load(undisturbed("vicreg") / "checkpoint.pt", weights_only=True)
+    for row in state["history"]:
+        row[7] = 0.5
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert not loads(tmp_path / "checkpoint.pt", "vicreg")
 
 
 def test_a_jepa_of_a_forged_image_size_is_refused(undisturbed, tmp_path):

@@ -370,16 +370,30 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun(tmp_path):
-    """The command of the README, on images in a folder; the first process alone prints."""
+COLLAPSING = """
+import sys
+sys.path.insert(0, ".")
+import common, vicreg
+common.effective_rank = lambda z: 1.0
+common.command_line(vicreg.main)
+"""
+
+
+@pytest.mark.parametrize("collapsing", [False, True])
+def test_torchrun(collapsing, tmp_path):
+    """The command of the README, on images in a folder, one of which is damaged; the first process alone prints and warns."""
+    (tmp_path / "collapsing.py").write_text(COLLAPSING)
     images, _ = common.make_shapes(80, 32, 3)
     for i, image in enumerate(images):
         folder = tmp_path / "data" / ("train" if i < 60 else "test") / str(i % 10)
         folder.mkdir(parents=True, exist_ok=True)
         common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    (folder / "damaged.png").write_bytes(b"no image")
     argv = small("vicreg", "--batch-size", "20", "--epochs", "1", "--warmup-epochs", "0", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
-                 "--image-size", "32", "--out", str(tmp_path / "run"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "vicreg.py", *argv]
+                 "--image-size", "32", "--skip-bad-images", "--out", str(tmp_path / "run"))
+    script = str(tmp_path / "collapsing.py") if collapsing else "vicreg.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *argv]
     done = subprocess.run(command, cwd=Path(common.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("vicreg on folder: class, 20 test images") == 1
+    assert (done.stderr.count("skipped 1 of 21 images"), done.stderr.count("is collapsing")) == (1, collapsing)
