@@ -13,7 +13,7 @@ the target encoder makes of the blocks, at B_i:
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (default: 0.99 to 0.995)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle_ema)
 
 In shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); in L, D is a
 distance, and B_x and B_i are sets of indices. All this is that of ijepa.py, to the letter, whose docstring says how
@@ -355,14 +355,15 @@ def check_grid(args):
 
 def settle_ema(args, steps):
     """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
-    ## The target averages the context encoder over the last 1 / (1 - m) steps. With 100 to 200 of them, best in runs of some minutes,
-    ## the features of a run of 50,000 steps get worse from the 12,000th on (results/README.md): from there on the window grows with the run.
+    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 of them are best in a run of
+    ## minutes; in one of 50,000 steps the features then get worse from the 12,000th on (results/README.md). So in a
+    ## longer run the average, too, is over more steps: from a 125th of the run to twice that.
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
         args.ema_end = (1 + args.ema) / 2
     if args.ema_end < args.ema:
-        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")
+        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than --ema, {args.ema}; m must not fall")
 
 
 # ---- main -----------------------------------------------------------------------------------

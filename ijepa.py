@@ -3,7 +3,7 @@
 Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://arxiv.org/abs/2301.08243
 
     python ijepa.py                                   # ten shapes, made on the fly, minutes on a laptop
-    python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100 --ema 0.996 --ema-end 1
+    python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
 An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large
 square that lie in none of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what
@@ -13,7 +13,7 @@ the target encoder makes of the blocks, at B_i:
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (default: 0.99 to 0.995)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle_ema)
 
 The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and
 s_hat; its mask tokens m_j are `asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is
@@ -287,14 +287,15 @@ def check_grid(args):
 
 def settle_ema(args, steps):
     """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
-    ## The target averages the context encoder over the last 1 / (1 - m) steps. With 100 to 200 of them, best in runs of some minutes,
-    ## the features of a run of 50,000 steps get worse from the 12,000th on (results/README.md): from there on the window grows with the run.
+    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 of them are best in a run of
+    ## minutes; in one of 50,000 steps the features then get worse from the 12,000th on (results/README.md). So in a
+    ## longer run the average, too, is over more steps: from a 125th of the run to twice that.
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
         args.ema_end = (1 + args.ema) / 2
     if args.ema_end < args.ema:
-        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than the --ema of {args.ema}; m must not fall")
+        raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than --ema, {args.ema}; m must not fall")
 
 
 # ---- main -----------------------------------------------------------------------------------
