@@ -407,6 +407,8 @@ def loads(path, method):
     """Whether both readers of checkpoints take it; only Unusable may keep them from it."""
     script = importlib.import_module(method)
     args = script.arguments(flags(method, path.parent, "--resume"))
+    if "jepa" in method:
+        script.settle_ema(args, 24)
     model = eval_linear.untrained(args)
     try:
         common.restore(args, model, common.make_optimizer(model, args), 8 * args.batch_size)
