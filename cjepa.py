@@ -270,7 +270,7 @@ def update_target(model, args, progress):
     ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
     ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
     ## soon in a run of a few thousand steps.
-    m = args.ema + (args.ema_end - args.ema) * progress if args.ema else 0.0
+    m = args.ema + (args.ema_end - args.ema) * progress if args.ema != 0 else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
 
