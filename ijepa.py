@@ -238,7 +238,7 @@ def arguments(argv=None):
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
     add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), help="m: the target's momentum at the start (default: 0.99; 1 - 125 / steps in runs of over 12,500); 0: no EMA, the target is the context encoder")
-    add("--ema-end", type=number(float, 0, 1), help="m at the end (default: halfway from --ema to 1, which the paper's reaches)")
+    add("--ema-end", type=number(float, 0, 1), help="m at the end (default: halfway from --ema to 1; 1, as in the paper, in runs of over 12,500 steps)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon, or the paper's adamw (default --lr: 0.016; PAPER: 1.25e-4)")
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.3; on shapes 0.8, with --recipe paper 0.3)")
     add("--weight-decay-end", type=number(float, 0), help="weight decay at the last step (default: constant; --recipe paper: 0.4)")
@@ -289,11 +289,11 @@ def settle_ema(args, steps):
     """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
     ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 of them are best in a run of
     ## minutes; in one of 50,000 steps the features then get worse from the 12,000th on (results/README.md). So in a
-    ## longer run the average, too, is over more steps: from a 125th of the run to twice that.
+    ## longer run the average starts with a 125th of the run, and m ends at 1, as published.
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
-        args.ema_end = (1 + args.ema) / 2
+        args.ema_end = 1.0 if steps > 12_500 else (1 + args.ema) / 2
     if args.ema_end < args.ema:
         raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than --ema, {args.ema}; m must not fall")
 
