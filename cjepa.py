@@ -15,8 +15,8 @@ the target encoder makes of the blocks, at B_i:
     L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
     target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle_ema)
 
-In shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); in L, D is a
-distance, and B_x and B_i are sets of indices. All this is that of ijepa.py, to the letter, whose docstring says how
+In tensor shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); in L, D is
+a distance, and B_x and B_i are sets of indices. All this is that of ijepa.py, to the letter, whose docstring says how
 it differs from I-JEPA's paper. What C-JEPA adds to that L:
 
     L_C-JEPA = L + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
@@ -27,11 +27,12 @@ is divided by d as well, v(Z) + v(Z') halved. v and c are to guard against colla
 mean of the patches right. Without an EMA and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1
 does (README, question 16).
 
-This script was written from a review of the paper; the coefficients are the paper's as others quote them. The
-review does not say what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image
-has one crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks,
-so that s draws the means of different blocks together. --views target: mean prediction, mean target. In the code Z
-and Z' are z_i and z_j, two of the M slices of z [n, M, D].
+This script was written from a review of the paper (where it describes a figure of I-JEPA, it swaps the two
+encoders); the coefficients are the paper's as others quote them. The review does not say what the "augmented views"
+are whose means are Z and Z'. Our choice (others: README): an image has one crop; its views are the M predictions,
+one per block, and the terms are averaged over all pairs of blocks, so that s draws the means of different blocks
+together. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of
+z [n, M, D].
 """
 import copy
 import itertools
@@ -138,7 +139,7 @@ def first_true(mask):
     ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
     ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
     ## 0.26 after the cut in a batch of 128 (the paper: 0.25). The batch size decides; in the authors' code, each GPU's.
-    return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
+    return mask.argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
@@ -243,8 +244,8 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose rank common.train logs)."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator's seed, new at every step
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all n images, so that Nc is one
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator may be a GPU's
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: one Nc for all
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]

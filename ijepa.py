@@ -17,9 +17,9 @@ the target encoder makes of the blocks, at B_i:
 
 The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and
 s_hat; its mask tokens m_j are `asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is
-told beside s_x, is where B_i lies; z in the code is the mean prediction. In shapes B is the number of images and D
-that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i are sets of indices, and in the loss D is
-the paper's distance.
+told beside s_x, is where B_i lies; z in the code is the mean prediction of each block. In tensor shapes B is the
+number of images and D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i are sets of indices,
+and in the loss D is the paper's distance.
 
 Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is
 layer-normed; crops without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe
@@ -86,7 +86,7 @@ def first_true(mask):
     ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
     ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
     ## 0.26 after the cut in a batch of 128 (the paper: 0.25). The batch size decides; in the authors' code, each GPU's.
-    return mask.byte().argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
+    return mask.argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
@@ -191,8 +191,8 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose rank common.train logs)."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator's seed, new at every step
-    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all n images, so that Nc is one
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator may be a GPU's
+    masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: one Nc for all
     context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]

@@ -7,8 +7,9 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
 
 A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map*
 before pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops
-over stacks, so its names keep only the view: z_1 is first z0_1, then z1_1. For both views x_k = t_k(x), k = 1, 2,
-of a batch x of n = B images, each image with its own draw (in the code t_k is the distribution, the paper's T):
+over stacks, so its names keep only the view: z_1 is first z0_1, then z1_1. x is a batch of n = B images (section 3:
+X, an image i), its two views are x_k = t_k(x), k = 1, 2. Each image has a draw of its own (t_k in the code is what
+draws come from, the paper's T):
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
@@ -29,10 +30,10 @@ halved, see below):
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), gamma = 1
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-Cov(Z) is C(Z) in the code, where shapes have C for channels. Algorithm 1's i_loss is s; its v_loss and c_loss are
-the sums in brackets; upsilon is nu; Table 2's "S-JEA : 1" and ": 2" are stacks 0 and 1. VICReg's and S-JEA's
-authors' code divides s by d, too, and halves v_loss, and so does this one: the coefficients (25, 25, 1) of section
-3.2 belong to that. The default nu is 8.
+In the code Cov(Z) is C(Z) and the root S; in tensor shapes C is channels, S the side of a view. Algorithm 1's
+i_loss is s; its v_loss and c_loss are the sums in brackets; upsilon is nu; Table 2's "S-JEA : 1" and ": 2" are
+stacks 0 and 1. VICReg's and S-JEA's authors' code divides s by d, too, and halves v_loss, and so does this one: the
+coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8.
 
 Slips in the paper: f2(y1_1) in Algorithm 1 is f2(y0_1), f_theta(X2) in section 3.1 is f_theta(V2). Figure 1
 mentions a weighted sum of the losses: --stack-weights, all 1 by default. Section 4.3 has a stack that reads the
@@ -190,7 +191,7 @@ class SJEA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2), what the two views are drawn from: S-JEA's or VICReg's authors' code's, or crops and flips alone."""
+    """(t_1, t_2), what the two views are drawn from: as in S-JEA's or VICReg's published code, or crops and flips."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)        # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own

@@ -11,8 +11,9 @@ the views, y, y' and z, z' for what becomes of them, Z, Z' for a batch of n (her
 
     Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
 
-C(Z) is a covariance and S(x, eps) a deviation; in shapes C is the number of channels and S the side of a view.
-z_i is row i of Z, one image, and z^j its column j, one dimension; in c, i and j are dimensions.
+C(Z) is a covariance, S(x, eps) the deviation of any n numbers x; in tensor shapes C is the number of channels and
+S the side of a view. Here z_i is row i of Z, one image (in the code z_1 is all of Z), and z^j its column j, one
+dimension; in c, i and j are dimensions.
 
     Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
     Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)                            gamma = 1, eps = 1e-4
@@ -110,7 +111,7 @@ class VICReg(nn.Module):
 
     def forward(self, x_1, x_2):
         """Two views [B, 3, S, S] -> their embeddings [B, d]."""
-        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, C, h, w]; pooled, the paper's Y
+        y_1, y_2 = self.f(x_1), self.f(x_2)                               # maps [B, C, m, m]; pooled, the paper's Y
         return self.h(pool(y_1)), self.h(pool(y_2))                       # [B, d]
 
     def representations(self, x):
@@ -121,7 +122,7 @@ class VICReg(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2), what the two views are drawn from: S-JEA's or VICReg's authors' code's, or crops and flips alone."""
+    """(t_1, t_2), what the two views are drawn from: as in S-JEA's or VICReg's published code, or crops and flips."""
     crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)        # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
