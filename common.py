@@ -1041,8 +1041,10 @@ def train(args, model, training_step, data, after_step=None):
     check_same(args.device, data.images, data.train_images, data.test_images)
     if args.batch_size > len(data.images):
         raise Unusable(f"argument --batch-size: {args.batch_size} is more than the {len(data.images)} training images")
-    if isinstance(data.images, torch.Tensor) and data.images.dtype != torch.uint8:
-        raise Unusable(f"the images are {data.images.dtype}, not torch.uint8 from 0 to 255")
+    for images in (data.images, data.train_images, data.test_images):
+        if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, args.image_size, args.image_size)):
+            raise Unusable(f"the images are {images.dtype} {list(images.shape)}, not torch.uint8 from 0 to 255 "
+                           f"[N, 3, {args.image_size}, {args.image_size}]")
     rank, world = process()
     if args.batch_size % world or args.batch_size < 2 * world:
         raise Unusable(f"argument --batch-size: {args.batch_size} images cannot be shared by {world} processes, two or more to each")

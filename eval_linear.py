@@ -203,9 +203,10 @@ def load(path, device="auto", data_dir=None):
         if config[name] != getattr(args, name):
             raise common.Unusable(f"{path}: its config holds a value that its script does not take: {name} is {config[name]}")
     with torch.device("meta"):                 # no memory for the sizes that the config declares until the weights prove to have them
-        expected = {name: (value.shape, value.dtype) for name, value in build(args).state_dict().items()}
+        weights = build(args).state_dict(keep_vars=True)                  # the same object under two names: one weight
+    expected, found = ({name: (value.shape, value.dtype) for name, value in of.items()} for of in (weights, state["model"]))
     own = {value.untyped_storage().data_ptr() for value in state["model"].values()}    # as many as weights, unless forged ones share theirs
-    if len(own) < len(expected) or expected != {name: (value.shape, value.dtype) for name, value in state["model"].items()}:
+    if expected != found or len(own) < len(set(map(id, weights.values()))):
         raise common.Unusable(f"{path}: its weights are not those of the encoder it names, as {state['method']}.py "
                               "builds it now; judge it with the code of its run")
     model = untrained(args)
@@ -219,7 +220,8 @@ def flags(config):
     for name, value in {**config, "method": None}.items():                # the script knows its method
         flag = "--" + name.replace("_", "-").strip("-")
         if isinstance(value, list):
-            argv += [flag, "-".join(map(str, value))] if name == "projector" else [flag, *map(str, value)]
+            widths = all(isinstance(item, int) for item in value)         # common.widths: 256-256-256
+            argv += [flag, "-".join(map(str, value))] if widths else [flag, *map(str, value)]
         elif value is not None and value is not False:
             argv.append(flag if value is True else f"{flag}={value}")
     return argv

@@ -158,7 +158,7 @@ def views(runs):
     """What the two branches see: images, and the two random views of each that are to agree."""
     run = runs[0]
     script = importlib.import_module(run.args.method)
-    if not hasattr(run.args, "augmentation"):
+    if not hasattr(run.args, "augmentation") or not hasattr(script, "transformations"):
         return None
     x, generator = run.images[:8], torch.Generator(run.args.device).manual_seed(0)
     figure, axes = panels(3, 8, 1.4)
@@ -228,7 +228,7 @@ def predictions(runs):
     run = runs[0]
     n = min(6, run.args.batch_size, len(run.images) // 2)
     script = importlib.import_module(run.args.method)
-    if not hasattr(script, "draw_masks") or run.model.pixels or n < 1:
+    if not hasattr(script, "draw_masks") or getattr(run.model, "pixels", False) or n < 1:
         return None
     p, grid = run.args.patch_size, run.args.image_size // run.args.patch_size
     scale = lambda images: common.normalise(images.float() / 255)

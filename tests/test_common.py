@@ -1142,7 +1142,18 @@ def test_a_step_keeps_nothing_of_the_steps_before_the_last(byol, tiny_run, monke
 def test_images_that_are_not_bytes_are_refused(byol, tmp_path, monkeypatch):
     """Scaled to [0, 1] they would be black."""
     monkeypatch.setattr(common, "load_shapes", lambda args: common.Dataset(torch.rand(128, 3, 32, 32), torch.zeros(1), {}, torch.zeros(1), {}))
-    with pytest.raises(common.Unusable, match="the images are torch.float32, not torch.uint8"):
+    with pytest.raises(common.Unusable, match="the images are torch.float32 .*, not torch.uint8"):
+        byol.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_images_of_another_size_than_image_size_are_refused(part, byol, tmp_path, monkeypatch):
+    """Views have --image-size; the images that are judged would have another."""
+    images = [torch.zeros(128, 3, 32, 32, dtype=torch.uint8)] * 3
+    images[part] = torch.zeros(128, 3, 40, 40, dtype=torch.uint8)
+    monkeypatch.setattr(common, "load_shapes", lambda args: common.Dataset(images[0], images[1], {}, images[2], {}))
+    with pytest.raises(common.Unusable, match=r"torch.uint8 \[128, 3, 40, 40\], not torch.uint8 from 0 to 255 \[N, 3, 32, 32\]"):
         byol.main(["--out", str(tmp_path / "run"), "--device", "cpu"])
     assert not (tmp_path / "run").exists()
 

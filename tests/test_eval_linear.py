@@ -232,6 +232,26 @@ def test_a_copy_of_sjea_by_another_name_is_judged_as_sjea_is(tiny_run, monkeypat
     assert list(result["levels"]) == ["0", "1", "0+1"] and list(result["fine_tune"]["levels"]) == ["1"]
 
 
+def test_lists_of_widths_and_of_numbers_pass_through_flags():
+    parser = common.Parser("Lists.")
+    parser.add_argument("--predictor", type=common.widths, default=[8])
+    parser.add_argument("--scale", type=float, nargs=2, default=[0.1, 1.0])
+    for argv in ([], ["--predictor", "64-32"], ["--scale", "0.5", "1"], ["--predictor", "64", "--scale", "1", "2"]):
+        args = parser.parse_args(argv)
+        assert parser.parse_args(eval_linear.flags(vars(args))) == args
+
+
+def test_a_model_that_names_its_weights_twice_is_judged(tiny_run, monkeypatch):
+    text = (Path(eval_linear.__file__).parent / "vicreg.py").read_text().replace('method="vicreg"', 'method="mine"')
+    built, copied = "self.h = projector(self.f.channels, args.projector)\n", types.ModuleType("mine")
+    assert text.count(built) == 1
+    exec(text.replace(built, built + "        self.both = nn.ModuleList([self.f, self.h])\n"), copied.__dict__)
+    monkeypatch.setitem(sys.modules, "mine", copied)
+    monkeypatch.setitem(eval_linear.MODELS, "mine", "VICReg")
+    model, _ = eval_linear.load(tiny_run("mine", "--epochs", "1") / "checkpoint.pt")
+    assert model.both[0] is model.f and len(model.state_dict()) > len(list(model.parameters()))
+
+
 # ---- protocols that train ----
 
 
