@@ -269,7 +269,8 @@ def test_generated_bad_values(tmp_path, monkeypatch, capfd, command):
 @given(content=strategies.binary(max_size=300), script=strategies.sampled_from(["vicreg", "sjea", "ijepa", "cjepa", "eval_linear"]))
 def test_generated_checkpoints(tmp_path, monkeypatch, capfd, content, script):
     """Any bytes at all, and any bytes behind the first of a real archive."""
-    monkeypatch.setattr(common, "load_shapes", lambda args: common.Dataset(*[torch.zeros(128, 3, 32, 32, dtype=torch.uint8)] * 2, {}, torch.zeros(0), {}))
+    images = torch.zeros(128, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(common, "load_shapes", lambda args: common.Dataset(images, images, {}, images, {}))
     monkeypatch.setattr(common, "load_dataset", lambda args: common.load_shapes(args))
     path = tmp_path / "checkpoint.pt"
     for start in (b"", b"PK\x03\x04"):
