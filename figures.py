@@ -198,16 +198,15 @@ def masks(runs):
     if not hasattr(script, "draw_masks"):
         return None
     p, grid, drawn = run.args.patch_size, run.args.image_size // run.args.patch_size, []
-    for strategy in ("multiblock", "rasterized", "block", "random"):
+    for strategy in dict.fromkeys(("multiblock", "rasterized", "block", "random", run.args.masking)):
         args = copy.copy(run.args)
         args.masking = strategy
-        with contextlib.suppress(common.Unusable):                         # a strategy that this grid has no blocks for
+        with contextlib.suppress(common.Unusable, KeyError):               # this grid has no blocks for it, or the script does not know it
             script.check_grid(args)
-            drawn.append(args)
+            drawn.append((strategy, *script.draw_masks(args, args.batch_size, torch.Generator().manual_seed(0))))   # the cut of the context is the batch's
     figure, axes = panels(len(drawn), 6, 1.6)
-    for row, args in zip(axes, drawn):
-        context, targets = script.draw_masks(args, args.batch_size, torch.Generator().manual_seed(0))  # the cut of the context is the batch's
-        row[0].set_ylabel(args.masking)
+    for row, (strategy, context, targets) in zip(axes, drawn):
+        row[0].set_ylabel(strategy)
         for axis, image, seen, blocks in zip(row, run.images, context, targets):
             hidden = np.ones(grid**2, bool)
             hidden[seen] = False

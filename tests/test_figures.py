@@ -1,5 +1,6 @@
 """figures.py: what is drawn against an independent computation, and index.html in a real browser."""
 import base64
+import copy
 import dataclasses
 import io
 import json
@@ -222,6 +223,24 @@ def test_masks_leave_out_what_the_grid_cannot_have(runs):
         args = __import__("ijepa").arguments(["--image-size", str(size), "--patch-size", str(patch), "--masking", "random", "--num-targets", "2"])
         run = dataclasses.replace(runs["ijepa"], args=args, images=common.resize(runs["ijepa"].images, size))
         assert [axis.get_ylabel() for axis in figures.masks([run]).axes[::6]] == rows
+
+
+def test_scripts_of_ones_own_are_drawn(runs, monkeypatch):
+    """With masks of another name, without I-JEPA's `pixels`, with an --augmentation but no transformations."""
+    ijepa, run = __import__("ijepa"), runs["ijepa"]
+    monkeypatch.setattr(ijepa, "draw_masks", lambda args, n, generator: {"random": ijepa.random_masks, "mine": ijepa.rasterized_masks}[args.masking](n, 8, generator))
+    mine = copy.deepcopy(run.args)
+    mine.masking = "mine"
+    figure = figures.masks([dataclasses.replace(run, args=mine)])
+    assert [axis.get_ylabel() for axis in figure.axes[::6]] == ["random", "mine"]
+    assert [len(axis.collections) for axis in figure.axes[::6]] == [1, 3]  # outlines of targets
+    monkeypatch.undo()
+    own = lambda *inputs: run.model(*inputs)
+    own.target_encoder = run.model.target_encoder
+    drawn = [[np.array(axis.images[0].get_array()) for axis in figures.predictions([made]).axes] for made in (run, dataclasses.replace(run, model=own))]
+    assert np.array_equal(*drawn)
+    monkeypatch.delattr(__import__("sjea"), "transformations")
+    assert figures.views([runs["sjea"]]) is None
 
 
 def test_attention_is_the_last_blocks_softmax(runs):
