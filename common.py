@@ -985,7 +985,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalise(g):
-    """k matrices U S V^T in g [k, m, n] -> roughly their U V^T [k, m, n]: singular values of 0.7 to 1.2, the tiniest less."""
+    """k matrices U S V^T in g [k, m, n] -> roughly their U V^T [k, m, n]: singular values of 0.68 to 1.2, the tiniest less."""
     ## A Newton-Schulz step sends each singular value s of x to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Five bring all from 0.003 to 1 near 1.
     x = g if g.shape[1] <= g.shape[2] else g.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)              # now no s is above 1
@@ -1265,12 +1265,14 @@ def restore(args, model, optimizer, images):
             state, path, damage = load_checkpoint(previous, args.method), previous, error
     state = from_first(state)
     started, free = state["config"], {"data_dir", "out", "device", "precision", "compile", "eval_every", "checkpoint_minutes", "stream", "resume"}
+    before = state.get("images", images)
     if other := [name for name in started if name not in free and started[name] != getattr(args, name, None)]:
         flags = ", ".join(f"--{name.replace('_', '-').strip('-')}" for name in other)
         now, then = (", ".join(str(values.get(name)) for name in other) for values in (vars(args), started))
-        raise Unusable(f"argument {flags}: {now}, but the run in {out} was started with {then}")
-    if state.get("images", images) != images:
-        raise Unusable(f"argument --data-dir: {images} images to train on, but the run in {out} was started with {state['images']}")
+        counted = f", on {before} images, not {images}" * (before != images)   # from which a method may derive a default
+        raise Unusable(f"argument {flags}: {now}, but the run in {out} was started with {then}{counted}")
+    if before != images:
+        raise Unusable(f"argument --data-dir: {images} images to train on, but the run in {out} was started with {before}")
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})

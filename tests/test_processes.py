@@ -379,18 +379,32 @@ common.command_line(vicreg.main)
 """
 
 
-@pytest.mark.parametrize("collapsing", [False, True])
-def test_torchrun(collapsing, tmp_path):
-    """The command of the README, on images in a folder, one of which is damaged; the first process alone prints and warns."""
-    (tmp_path / "collapsing.py").write_text(COLLAPSING)
+def on_pictures(tmp_path):
+    """Flags of a run on 60 + 20 images in a folder, and a damaged one among the 20."""
     images, _ = common.make_shapes(80, 32, 3)
     for i, image in enumerate(images):
         folder = tmp_path / "data" / ("train" if i < 60 else "test") / str(i % 10)
         folder.mkdir(parents=True, exist_ok=True)
         common.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     (folder / "damaged.png").write_bytes(b"no image")
-    argv = small("vicreg", "--batch-size", "20", "--epochs", "1", "--warmup-epochs", "0", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
+    return small("vicreg", "--batch-size", "20", "--epochs", "1", "--warmup-epochs", "0", "--dataset", "folder", "--data-dir", str(tmp_path / "data"),
                  "--image-size", "32", "--skip-bad-images", "--out", str(tmp_path / "run"))
+
+
+def test_processes_stream_what_they_would_hold(tmp_path):
+    """The same log, to the last bit, from images in memory and from images that each process's workers read."""
+    argv, logs = on_pictures(tmp_path), []
+    for more in ([], ["--stream", "--out", str(tmp_path / "streamed")]):
+        assert run(script, 2, "vicreg", [*argv, *more]) == [0, 0]
+        logs.append([untimed(json.loads(line)) for line in (Path([*argv, *more][-1]) / "metrics.jsonl").read_text().splitlines()])
+    assert logs[0] == logs[1] and logs[0][0]["loss"] > 0
+
+
+@pytest.mark.parametrize("collapsing", [False, True])
+def test_torchrun(collapsing, tmp_path):
+    """The command of the README, on images in a folder, one of which is damaged; the first process alone prints and warns."""
+    (tmp_path / "collapsing.py").write_text(COLLAPSING)
+    argv = on_pictures(tmp_path)
     script = str(tmp_path / "collapsing.py") if collapsing else "vicreg.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *argv]
     done = subprocess.run(command, cwd=Path(common.__file__).parent, capture_output=True, text=True)

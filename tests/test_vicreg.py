@@ -292,12 +292,15 @@ def test_a_folder_of_other_things_keeps_them(tiny_run, tmp_path):
     assert (tmp_path / "vicreg.py").read_text() == "homework" and (tmp_path / "checkpoint.pt").exists()
 
 
-def test_resume_refuses_another_number_of_images(tiny_run, monkeypatch):
-    """Even of less than a batch, which leaves the number of steps as it was, but not the order of the images."""
-    out = tiny_run("vicreg", "--epochs", "2", stop_after=1)
-    monkeypatch.setattr("conftest.tiny_shapes.__defaults__", (130, 64))
-    with pytest.raises(common.Unusable, match="--data-dir: 130 images to train on, but the run .* was started with 128"):
-        tiny_run("vicreg", "--epochs", "2", "--resume", out=out)
+@pytest.mark.parametrize("method, epochs, images, line", [
+    ("vicreg", "2", 130, "--data-dir: 130 images to train on, but the run .* was started with 128"),
+    ("ijepa", "4000", 160, "--ema: 0.99375, but the run .* was started with 0.9921875, on 128 images, not 160")])
+def test_resume_refuses_another_number_of_images(method, epochs, images, line, tiny_run, monkeypatch):
+    """Even of less than a batch, which leaves the number of steps as it was, but not the order of the images; and where a default follows from it."""
+    out = tiny_run(method, "--epochs", epochs, stop_after=1)
+    monkeypatch.setattr("conftest.tiny_shapes.__defaults__", (images, 64))
+    with pytest.raises(common.Unusable, match=line):
+        tiny_run(method, "--epochs", epochs, "--resume", out=out)
 
 
 def test_one_direction_is_a_collapse_and_two_are_not(capsys):
