@@ -91,7 +91,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean, not the papers' sum: mu = 25 was chosen with the mean.
+        ## The mean, not the papers' sum: in the authors' code mu = 25 weighs the mean.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)

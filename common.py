@@ -1480,7 +1480,7 @@ def knn(features, labels, test_features, test_labels, k=80, temperature=0.1):
     """Top-1 accuracy in [0, 1] of the weighted k-nearest-neighbour vote (Wu et al. 2018, section 3.4).
 
     features [N, D], labels [N], the same for test. Each of the k neighbours most similar by cosine
-    votes with weight exp(similarity / temperature). k and temperature are those of S-JEA's authors' code during pre-training (at its end: k = 200).
+    votes with weight exp(similarity / temperature). k and temperature are those of S-JEA's authors' code in pre-training (beside its linear layer: k = 200).
     """
     features, test_features = F.normalize(features, dim=1), F.normalize(test_features, dim=1)
     labels, test_labels = labels.to(features.device), test_labels.to(features.device)

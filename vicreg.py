@@ -22,12 +22,12 @@ dimension; in c, i and j are dimensions.
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
     Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
 
-Two things follow the authors' code (facebookresearch/vicreg) and not the paper's equations, because the published
-coefficients (25, 25, 1) belong to the code: s is also divided by d (so has the paper's Algorithm 1), and the
-variance term is halved (so have S-JEA's code and lightly, but not Algorithm 1 and solo-learn). The default settings
-suit minutes on two CPU cores: width 16 (so C = 128 instead of ResNet-18's 512), d = 256 instead of 8192 (12.7
-points worse in the paper's Table 12, on ImageNet), the optimizer Muon, S-JEA's augmentation (on shapes with larger
-crops), and nu = 8, chosen with AdamW (results/README.md). The published ones are flags.
+Two things follow the authors' code (facebookresearch/vicreg), whose defaults are the published coefficients (25, 25,
+1), and not the paper's equations: s is also divided by d (so has the paper's Algorithm 1), and the variance term is
+halved (so have S-JEA's code and lightly, but not Algorithm 1 and solo-learn). The default settings suit minutes on
+two CPU cores: width 16 (so C = 128 instead of ResNet-18's 512), d = 256 instead of 8192 (12.7 points worse in the
+paper's Table 12, on ImageNet), the optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and nu = 8,
+chosen with AdamW (results/README.md). The published ones are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean, not the papers' sum: mu = 25 was chosen with the mean.
+        ## The mean, not the papers' sum: in the authors' code mu = 25 weighs the mean.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
