@@ -293,7 +293,7 @@ def arguments(argv=None):
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1, 64), default=3, help="the predictor's blocks (--recipe paper: 6; large, huge: 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4, 2 is 32 points worse; at 32 px 2 was better)")
+    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4, 2 is 32 points worse; here, in short runs, 2 was better)")
     scale = dict(type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"))
     add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
