@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import pickletools
 import re
 import resource
@@ -295,15 +296,10 @@ def load_cifar(args, download):
     parts = [torchvision_dataset(name, args, train=train, download=download) for train in (True, False)]
     images = [resize(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), args.image_size) for part in parts]
     labels = [{"class": torch.tensor(part.targets)} for part in parts]
-    for label in labels if name == "CIFAR100" else ():
-        label["superclass"] = torch.tensor(CIFAR100_SUPERCLASS)[label["class"]]
+    for part, label in zip(parts, labels) if name == "CIFAR100" else ():
+        with open(Path(part.root, part.base_folder, "train" if part.train else "test"), "rb") as file:    # torchvision has checked its MD5 sum
+            label["superclass"] = torch.tensor(pickle.load(file, encoding="latin1")["coarse_labels"])
     return Dataset(images[0], images[0], labels[0], images[1], labels[1])
-
-
-CIFAR100_SUPERCLASS = [  # of each of the 100 classes in alphabetical order (Krizhevsky 2009, table on page 33)
-    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,
-    12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16,
-    12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13]
 
 
 def load_stl10(args, download):
@@ -344,9 +340,8 @@ def load_folder(args, download):
                 write(root / f"{part.name}-index.npz", lambda file: np.savez(file, **index))
             except RunFailed as error:
                 print(f"warning: every start lists all of {part}: {error}", file=sys.stderr)
-        loaded.append((images, {"class": labels}))
-    (images, labels), (test_images, test_labels) = loaded
-    return Dataset(images, images, labels, test_images, test_labels)
+        loaded += images, {"class": labels}
+    return Dataset(loaded[0], *loaded)
 
 
 def list_images(part, known):
@@ -905,8 +900,7 @@ def gather(z):
     if z.requires_grad:                        # in this process's own rows alone
         ## DistributedDataParallel takes the mean of the processes' gradients. Each comes through its process's share of the
         ## embeddings alone, so the mean would be 1 / world of the gradient that a single process computes.
-        parts[rank] = z.view_as(z)
-        parts[rank].register_hook(lambda gradient: world * gradient)
+        parts[rank] = sent + world * (z - sent)                           # z, with world times its gradient
     return torch.cat(parts)
 
 

@@ -114,8 +114,7 @@ def rasterized_masks(batch_size, grid_size, generator=None):
 
 def block_masks(batch_size, grid_size, generator=None):
     """One block, 0.55 to 0.65 of the image (paper: 0.6), is the target [B, 1, Nt], the rest the context [B, N - Nt]."""
-    target = place_blocks(batch_size, 1, block_sizes(grid_size, (0.55, 0.65), ASPECT), grid_size, generator)
-    return first_true(torch.ones(batch_size, grid_size**2, dtype=torch.bool).scatter_(1, target[:, 0], False)), target
+    return multiblock_masks(batch_size, grid_size, generator, M=1, target_scale=(0.55, 0.65), context_scale=(1.0, 1.0))
 
 
 def random_masks(batch_size, grid_size, generator=None):
@@ -128,8 +127,7 @@ def draw_masks(args, batch_size, generator):
     """(context [B, Nc], targets [B, M, Nt]) by args.masking, on the CPU, which must know their shapes."""
     grid_size = args.image_size // args.patch_size
     if args.masking == "multiblock":
-        M, target_scale, context_scale = args.num_targets, args.target_scale, args.context_scale
-        return multiblock_masks(batch_size, grid_size, generator, M, target_scale, context_scale)
+        return multiblock_masks(batch_size, grid_size, generator, args.num_targets, args.target_scale, args.context_scale)
     masks = {"rasterized": rasterized_masks, "block": block_masks, "random": random_masks}[args.masking]
     return masks(batch_size, grid_size, generator)
 

@@ -330,7 +330,7 @@ def test_attention_equals_its_definition_token_by_token(N, gradient):
     q, k, v = torch.randn(3, 2, 4, N, 16, requires_grad=gradient).unbind()
     found = common.attention(q, k, v)
     for b, h, i in itertools.product(range(2), range(4), (0, N // 2, N - 1)):
-        weights = torch.tensor([math.exp(q[b, h, i].double().dot(k[b, h, j].double()) / 4) for j in range(N)], dtype=torch.float64)
+        weights = torch.tensor([math.exp(q[b, h, i].double().dot(k[b, h, j].double()).item() / 4) for j in range(N)], dtype=torch.float64)
         assert torch.allclose(found[b, h, i].double(), (weights / weights.sum()) @ v[b, h].double(), atol=1e-5)
 
 
