@@ -12,27 +12,28 @@ the target encoder makes of the blocks, at B_i:
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
-    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
+    L = 1/M  sum_i  sum_{j in B_i} ||s_hat_j - s_yj||_2^2      the loss; the inner sum is the paper's D (here smooth-L1)
     target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle_ema)
 
-In tensor shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); in L, D is
-a distance, and B_x and B_i are sets of indices. All this is that of ijepa.py, to the letter, whose docstring says how
-it differs from I-JEPA's paper. What C-JEPA adds to that L:
+In tensor shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i
+are sets of indices. Up to here this is ijepa.py's, whose docstring says how it differs from I-JEPA's paper. C-JEPA's
+loss adds to that L:
 
     L_C-JEPA = L + beta_vicreg (beta_sim s(Z, Z') + beta_std [v(Z) + v(Z')] + beta_cov [c(Z) + c(Z')])
 
 with beta_vicreg = 0.001 and (beta_sim, beta_std, beta_cov) = (25, 25, 1). Z and Z' [n, d] are means over patches, n
 images by d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04906) in its authors' convention: s
-is divided by d as well, v(Z) + v(Z') halved. v and c are to guard against collapse beside the EMA, s to get the
-mean of the patches right. Without an EMA and with AdamW a beta_vicreg of 0.001 does not prevent collapse here, 0.1
-does (README, question 16).
+is divided by d as well, v(Z) + v(Z') halved. No projector lies between them and the terms. v and c are to guard
+against collapse beside the EMA, s to get the mean of the patches right ("contrastive" is the title's word: there are
+no negative pairs). Without an EMA and with AdamW a beta_vicreg of 0.001 does not keep k-NN above an untrained
+network's here, 0.1 does (README, question 16).
 
 This script was written from a review of the paper (where it describes a figure of I-JEPA, it swaps the two
-encoders); the coefficients are the paper's as others quote them. The review does not say what the "augmented views"
-are whose means are Z and Z'. Our choice (others: README): an image has one crop; its views are the M predictions,
-one per block, and the terms are averaged over all pairs of blocks, so that s draws the means of different blocks
-together. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of
-z [n, M, D].
+encoders); it has neither this formula nor the coefficients, which are the paper's as others quote them, and does not
+say what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image has one crop; its
+views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the
+means of different blocks together. --views target: mean prediction, mean target. In the code Z and Z' are z_i and
+z_j, two of the M slices of z [n, M, D].
 """
 import copy
 import itertools
@@ -61,8 +62,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension's spread is gamma or more.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
-    ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
+    ## A hinge: it pushes a dimension's spread up to gamma and no further. The gradient of Var fades as the spread
+    ## shrinks; that of its square root does so only below a spread of sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2), Var over n - 1  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -138,14 +139,14 @@ def first_true(mask):
     """mask [B, N] bool -> indices [B, Nc]: per image the first Nc that are True, Nc the smallest count in the batch."""
     ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
     ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
-    ## 0.26 after the cut in a batch of 128 (the paper: 0.25). The batch size decides; in the authors' code, each GPU's.
+    ## 0.26 after the cut in a batch of 128 (the paper: 0.25). Larger batches are cut more; the authors' code cuts per GPU.
     return mask.argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    The M blocks of a batch have one size, each its own place; so have the squares. Indices count patches row by row.
+    All blocks of a batch share one size, all squares one; places differ. Indices count patches row by row.
     """
     sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
     targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]
@@ -192,7 +193,7 @@ class Predictor(nn.Module):
 
     def __init__(self, args, D, out_features):
         super().__init__()
-        d, heads = args.predictor_width, common.VITS[args.vit][2]
+        d, heads = args.predictor_width, common.VITS[args.vit][2]         # VITS: width, depth, heads
         self.embed, self.mask_token = nn.Linear(D, d), nn.Parameter(torch.empty(d).normal_(std=0.02))
         self.register_buffer("position", common.positions(args.image_size // args.patch_size, d))
         self.blocks = nn.Sequential(*(common.Block(d, heads) for _ in range(args.predictor_depth)))
@@ -207,7 +208,7 @@ class Predictor(nn.Module):
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                                     # [B M, Nc + Nt, d]
-        predicted = self.blocks[-1](tokens, last=Nt)                      # the block's outputs alone  [B M, Nt, d]
+        predicted = self.blocks[-1](tokens, last=Nt)                      # only the asked tokens' outputs  [B M, Nt, d]
         return self.project(self.norm(predicted)).unflatten(0, (B, M))    # I-JEPA predictor  [B, M, Nt, out_features]
 
 
@@ -228,7 +229,7 @@ class JEPA(nn.Module):
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
             s_y = F.layer_norm(s_y, s_y.shape[-1:])                       # [B, N, D]; pixels: [B, N, 3 p p]
-        s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
+        s_x = self.context_encoder(y, context)                            # of x: y's patches at B_x  [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
 
     def representations(self, y):
@@ -242,9 +243,10 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose rank common.train logs)."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator may be a GPU's
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # common.train's seed of this step
     masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: one Nc for all
-    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
+    # non_blocking: waits for no earlier step; not on MPS, where such a copy may read freed memory (pytorch#189690)
+    context, targets = (common.share(i).to(y.device, non_blocking=y.is_cuda) for i in masks)        # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]
     z = common.gather(s_hat.float().mean(2))                              # block means [n, M, D], n = B x processes
@@ -266,9 +268,9 @@ def training_step(model, images, args, generator):
 def update_target(model, args, progress):
     """The EMA, after each step: m goes linearly from args.ema at progress 0 to args.ema_end at 1; an m of 0 stays 0."""
     ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
-    ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
-    ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
-    ## soon in a run of a few thousand steps.
+    ## towards one constant together; on CIFAR-10 with AdamW they nearly do (README, question 15). m = 0.996 averages
+    ## over some 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target
+    ## down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema != 0 else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -296,7 +298,7 @@ def arguments(argv=None):
     add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
-    add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
+    add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="the distance D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), help="m: the target's momentum at the start (default: 0.99; 1 - 125 / steps in runs of over 12,500); 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), help="m at the end (default: halfway from --ema to 1; 1, as in the paper, in runs of over 12,500 steps)")
     add("--beta-vicreg", type=number(float, 0), default=0.001, help="weight of the VICReg terms together; 0 is I-JEPA; counts far less with --loss l2")
@@ -354,9 +356,9 @@ def check_grid(args):
 
 def settle_ema(args, steps):
     """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
-    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 of them are best in a run of
-    ## minutes; in one of 50,000 steps the features then get worse from the 12,000th on (results/README.md). So in a
-    ## longer run the average starts with a 125th of the run, and m ends at 1, as published.
+    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 are best in a run of minutes, but
+    ## spoil the features of a run of 50,000 steps from the 12,000th on (results/README.md). So in runs of over 12,500
+    ## steps they are at first a 125th of the run, and m ends at 1, as published.
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
@@ -373,7 +375,7 @@ def main(argv=None):
     settle_ema(args, args.epochs * (len(data.images) // args.batch_size))
     torch.manual_seed(args.seed)
     model = JEPA(args)
-    features = common.train(args, model, training_step, data, update_target)
+    features = common.train(args, model, training_step, data, update_target)     # the loop: backward, step, EMA, log
     eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 

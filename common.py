@@ -1080,7 +1080,7 @@ def train(args, model, training_step, data, after_step=None):
             if i == 0 or step == first:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.reset(per_epoch)
-                bar.initial = bar.n = i
+                bar.initial = bar.n = bar.last_print_n = i
                 began, ask = time.perf_counter() - seconds, i     # ask: from which step on processes decide together
             generator.manual_seed(args.seed * 1_000_003 + step)
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):

@@ -12,20 +12,20 @@ the target encoder makes of the blocks, at B_i:
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
-    L = 1/M  sum_i D(s_hat(i), s_y(i)) = 1/M  sum_i sum_{j in B_i} ||s_hat_j - s_yj||_2^2    the loss (here smooth-L1)
+    L = 1/M  sum_i  sum_{j in B_i} ||s_hat_j - s_yj||_2^2      the loss; the inner sum is the paper's D (here smooth-L1)
     target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle_ema)
 
 The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and
 s_hat; its mask tokens m_j are `asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is
-told beside s_x, is where B_i lies; z in the code is the mean prediction of each block. In tensor shapes B is the
-number of images and D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i are sets of indices,
-and in the loss D is the paper's distance.
+told beside s_x, is where B_i lies; z in the code is not that but the mean prediction of each block, for the log.
+In tensor shapes B is the number of images and D that of features (of pixels: 3 p p, p the side of a patch); B_x and
+B_i are sets of indices.
 
 Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is
 layer-normed; crops without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe
-paper, too (--loss l2: the paper's sum). A block's size is drawn among the whole-patch rectangles in the published
-ranges; none spans a full side unless nothing else fits, so the context square is the whole image up to 12 x 12
-patches, all but one row and column up to 25 x 25. The authors' code takes a block's area and shape from one random
+paper, too (--loss l2: the paper's sum). A block's size is drawn from the whole-patch rectangles within the published
+ranges, one as wide or high as the image only where no other fits: so the context square is the whole image up to
+12 x 12 patches, one patch narrower up to 25 x 25. The authors' code takes a block's area and shape from one random
 number and rounds, so that it may leave the ranges, and never reaches the grid's last row and column. Weights are
 Xavier's, the last layers of each block scaled down with its depth; the authors' code's standard deviation of 0.02
 is too small for small networks. --recipe paper sets the published numbers (PAPER, below), with a warm-up from near
@@ -85,14 +85,14 @@ def first_true(mask):
     """mask [B, N] bool -> indices [B, Nc]: per image the first Nc that are True, Nc the smallest count in the batch."""
     ## A tensor needs one length. The first patches stay, row by row, as in the authors' code, so with four blocks the
     ## context encoder seldom sees the lower rows. On 14 x 14 patches four blocks leave 0.42 of an image on average, and
-    ## 0.26 after the cut in a batch of 128 (the paper: 0.25). The batch size decides; in the authors' code, each GPU's.
+    ## 0.26 after the cut in a batch of 128 (the paper: 0.25). Larger batches are cut more; the authors' code cuts per GPU.
     return mask.argsort(dim=1, descending=True, stable=True)[:, :mask.sum(1).min()]
 
 
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    The M blocks of a batch have one size, each its own place; so have the squares. Indices count patches row by row.
+    All blocks of a batch share one size, all squares one; places differ. Indices count patches row by row.
     """
     sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
     targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]
@@ -139,7 +139,7 @@ class Predictor(nn.Module):
 
     def __init__(self, args, D, out_features):
         super().__init__()
-        d, heads = args.predictor_width, common.VITS[args.vit][2]
+        d, heads = args.predictor_width, common.VITS[args.vit][2]         # VITS: width, depth, heads
         self.embed, self.mask_token = nn.Linear(D, d), nn.Parameter(torch.empty(d).normal_(std=0.02))
         self.register_buffer("position", common.positions(args.image_size // args.patch_size, d))
         self.blocks = nn.Sequential(*(common.Block(d, heads) for _ in range(args.predictor_depth)))
@@ -154,7 +154,7 @@ class Predictor(nn.Module):
         ## Once per target block: in one common sequence the target blocks would see each other.
         tokens = torch.cat([known[:, None].expand(-1, M, -1, -1), asked], dim=2)            # [B, M, Nc + Nt, d]
         tokens = self.blocks[:-1](tokens.flatten(0, 1))                                     # [B M, Nc + Nt, d]
-        predicted = self.blocks[-1](tokens, last=Nt)                      # the block's outputs alone  [B M, Nt, d]
+        predicted = self.blocks[-1](tokens, last=Nt)                      # only the asked tokens' outputs  [B M, Nt, d]
         return self.project(self.norm(predicted)).unflatten(0, (B, M))    # I-JEPA predictor  [B, M, Nt, out_features]
 
 
@@ -175,7 +175,7 @@ class JEPA(nn.Module):
             s_y = common.patches(y, self.patch_size) if self.pixels else self.target_encoder(y)
             ## The encoder's own last norm has a learned scale, which could shrink the loss; this one has none.
             s_y = F.layer_norm(s_y, s_y.shape[-1:])                       # [B, N, D]; pixels: [B, N, 3 p p]
-        s_x = self.context_encoder(y, context)                                              # [B, Nc, D]
+        s_x = self.context_encoder(y, context)                            # of x: y's patches at B_x  [B, Nc, D]
         return self.predictor(s_x, context, targets), s_y
 
     def representations(self, y):
@@ -189,12 +189,13 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose rank common.train logs)."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # generator may be a GPU's
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # common.train's seed of this step
     masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: one Nc for all
-    context, targets = (common.share(index).to(y.device, non_blocking=True) for index in masks)   # [B, Nc], [B, M, Nt]
+    # non_blocking: waits for no earlier step; not on MPS, where such a copy may read freed memory (pytorch#189690)
+    context, targets = (common.share(i).to(y.device, non_blocking=y.is_cuda) for i in masks)        # [B, Nc], [B, M, Nt]
     s_hat, s_y = model(y, context, targets)                               # [B, M, Nt, D], [B, N, D]
     loss = prediction_loss(s_hat, take(s_y, targets), args.loss)          # take: the s_y(i) [B, M, Nt, D]
-    z = common.gather(s_hat.float().mean(2))                              # block means [n, M, D], n = B x processes
+    z = common.gather(s_hat.float().mean(2))                              # for the log: block means [n, M, D]
     terms = {"prediction": loss}
     watched = {"pixels" if args.target == "pixels" else "target": common.gather(s_y.mean(1)), "prediction": z.mean(1)}
     return loss, terms, watched
@@ -204,9 +205,9 @@ def training_step(model, images, args, generator):
 def update_target(model, args, progress):
     """The EMA, after each step: m goes linearly from args.ema at progress 0 to args.ema_end at 1; an m of 0 stays 0."""
     ## With m = 0 the target is the context encoder itself, without its gradient: prediction and target may drift
-    ## towards one constant together; on CIFAR-10 with AdamW they do (README, question 15). m = 0.996 averages over some
-    ## 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target down too
-    ## soon in a run of a few thousand steps.
+    ## towards one constant together; on CIFAR-10 with AdamW they nearly do (README, question 15). m = 0.996 averages
+    ## over some 250 steps, and was chosen for runs of some 375,000. An m that ends at 1, as published, slows the target
+    ## down too soon in a run of a few thousand steps.
     m = args.ema + (args.ema_end - args.ema) * progress if args.ema != 0 else 0.0
     for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
         target.lerp_(context, 1 - m)                                      # I-JEPA EMA
@@ -234,7 +235,7 @@ def arguments(argv=None):
     add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
     add("--target", choices=("features", "pixels"), default="features", help="what is predicted: s_y, or the patches, normalised")
-    add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="D: the authors' code's, or the paper's")
+    add("--loss", choices=("smooth_l1", "l2"), default="smooth_l1", help="the distance D: the authors' code's, or the paper's")
     add("--ema", type=number(float, 0, 1), help="m: the target's momentum at the start (default: 0.99; 1 - 125 / steps in runs of over 12,500); 0: no EMA, the target is the context encoder")
     add("--ema-end", type=number(float, 0, 1), help="m at the end (default: halfway from --ema to 1; 1, as in the paper, in runs of over 12,500 steps)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon, or the paper's adamw (default --lr: 0.016; PAPER: 1.25e-4)")
@@ -285,9 +286,9 @@ def check_grid(args):
 
 def settle_ema(args, steps):
     """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
-    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 of them are best in a run of
-    ## minutes; in one of 50,000 steps the features then get worse from the 12,000th on (results/README.md). So in a
-    ## longer run the average starts with a 125th of the run, and m ends at 1, as published.
+    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 are best in a run of minutes, but
+    ## spoil the features of a run of 50,000 steps from the 12,000th on (results/README.md). So in runs of over 12,500
+    ## steps they are at first a 125th of the run, and m ends at 1, as published.
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
@@ -304,7 +305,7 @@ def main(argv=None):
     settle_ema(args, args.epochs * (len(data.images) // args.batch_size))
     torch.manual_seed(args.seed)
     model = JEPA(args)
-    features = common.train(args, model, training_step, data, update_target)
+    features = common.train(args, model, training_step, data, update_target)     # the loop: backward, step, EMA, log
     eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 

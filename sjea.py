@@ -8,21 +8,21 @@ Manova, Durrant, Leontidis 2023, https://arxiv.org/abs/2305.11701
 A stack is an encoder f, a projector h and a VICReg loss. Stack 1's encoder reads what stack 0's puts out, the *map*
 before pooling, for features that are more abstract. In z0_1 the 0 is the stack and the 1 the view; the code loops
 over stacks, so its names keep only the view: z_1 is first z0_1, then z1_1. x is a batch of n = B images (section 3:
-X, an image i), its two views are x_k = t_k(x), k = 1, 2. Each image has a draw of its own (t_k in the code is what
-draws come from, the paper's T):
+X, an image i); its two views are x_k = t_k(x), k = 1, 2. Every image draws a t_k of its own, from T_k (the paper's T):
 
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
     loss = loss0 + loss1, one step for both: loss0 trains f[0] and h[0], loss1 trains f[0], f[1] and h[1]
+    ("stack-wise" in section 3.2: a loss per stack, all trained together; in 4.3: no gradient between stacks)
 
     here           t_k             x_k    f[0], h[0]          y0_k, z0_k        f[1], h[1]      y1_k, z1_k
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
-h is the "projector" or "expander", y the "representation" (pooled, where it is judged); only section 3.2 mentions
-pooling. C is 8 x width (ResNet-18): 128 by default, 512 in the paper; at 32 px stack 1 reads maps of m = 4 and
-makes maps of m' = 1. The loss l of a stack, as in the papers (in the code s is divided by d and the sum of v
-halved, see below):
+h is the "projector" or "expander", y the "representation" (pooled, where it is judged); Algorithm 1 leaves the
+pooling before h to section 3.2. C is 8 x width (ResNet-18): 128 by default, 512 in the paper; at 32 px stack 1 reads
+maps of m = 4 and makes maps of m' = 1. The loss l of a stack, as in the papers (in the code s is divided by d and
+the sum of v halved, see below):
 
     S-JEA Eq. (1)  l(Z_1, Z_2) = lambda s(Z_1, Z_2) + mu [v(Z_1) + v(Z_2)] + nu [c(Z_1) + c(Z_2)]
 
@@ -31,37 +31,26 @@ halved, see below):
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
 In the code Cov(Z) is C(Z) and the root S; in tensor shapes C is channels, S the side of a view. Algorithm 1's
-i_loss is s; its v_loss and c_loss are the sums in brackets; upsilon is nu; Table 2's "S-JEA : 1" and ": 2" are
-stacks 0 and 1. VICReg's and S-JEA's authors' code divides s by d, too, and halves v_loss, and so does this one: the
-coefficients (25, 25, 1) of section 3.2 belong to that. The default nu is 8.
+i_loss is s, its v_loss and c_loss are the sums in brackets, upsilon is nu. As in VICReg's and S-JEA's authors' code,
+s is divided by d as well and v_loss halved: section 3.2's (25, 25, 1) are weights of those terms.
 
-Slips in the paper: f2(y1_1) in Algorithm 1 is f2(y0_1), f_theta(X2) in section 3.1 is f_theta(V2). Figure 1 mentions
-a weighted sum of the losses: --stack-weights, all 1 by default. Section 4.3 has a stack that reads the projector's
-embeddings; in the authors' published code (AlzbetaM/S-JEA) stack 1 does, as an image of 16 x 16 with one channel.
-Here, as in section 3.2, it always reads the map y0. Section 4.4's "higher k-NN accuracy" of the higher stack is not
-Table 1's: there it is lower. Section 4.1's "outperforms base VICReg" holds in Table 1 for stack 0; for stack 1 in
-CIFAR-10's linear accuracy alone. "Outperforms traditional architectures with comparative parameter counts" (section
-1) does not hold in Table 2, where ResNet-50 has 82.0, S-JEA at most 81.6.
+Slips in the paper: f2(y1_1) in Algorithm 1 should be f2(y0_1), f_theta(X2) in section 3.1 f_theta(V2). The weighted
+sum of Figure 1 is --stack-weights, all 1 by default. Stack 1 always reads the map y0, as in section 3.2; in section
+4.3 and the authors' code (AlzbetaM/S-JEA) it reads the projector's embeddings. For all else in which paper, code and
+this script differ see the README, "Where papers and code disagree".
 
 The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1
 would have a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of
-vicreg.py, on a CPU bit for bit.
-
-The nearest to Table 1 on CIFAR-10 (AdamW for the authors' code's Adam, at its rate of 1e-3: --lr 0.002 is for a
-batch of 256, so 0.001 for 128):
+vicreg.py, on a CPU bit for bit. The defaults are made for minutes on two CPU cores: width 16, the optimizer Muon
+(in common.py), nu = 8 and, on shapes, crops of 0.8 of the image or more. The nearest to Table 1 on CIFAR-10:
 
     python sjea.py --dataset cifar10 --width 64 --epochs 200 --projectors 10 --nu 1 \
         --optimizer adamw --batch-size 128 --lr 0.002 --weight-decay 0 --warmup-epochs 1
 
---projectors 10 is a projector on stack 0 and none on stack 1: Table 1's figures on CIFAR-10 are those of this column
-of Table 3; Algorithm 1, and the default here, has both. Batch size, crops and stack 0's projector (but for a bias in
-its last layer, which changes no term) are the authors' code's, where stack 1 still ends in its ResNet's classifier, a
-linear layer to 1000 (measured in results/README.md). The authors' cosine would end only after 1.25 times the run, and
-they pre-train on 45,000 of the 50,000 images. The accuracy printed is of a classifier fitted to fixed features;
-eval_linear.py CHECKPOINT --augmented 200 trains it on new crops and flips (theirs: of 8 % and more). With both
-projectors stack 0 has 11.43 M parameters, stack 1, whose stem reads 512 channels, 11.73 M, together 23.16 M (Table 2:
-VICReg 11.6, S-JEA 23.2); as above, without h[1], 22.89 M. The defaults are made for minutes on two CPU cores: width
-16, the optimizer Muon (in common.py), nu = 8 and, on shapes, crops of 0.8 of the image or more.
+--projectors 10 is a projector on stack 0 and none on stack 1, the column of Table 3 in which Table 1's figures on
+CIFAR-10 stand; Algorithm 1, and the default here, has both. AdamW stands for the authors' Adam, --lr 0.002 for its
+0.001 (a rate is given for a batch of 256). The accuracy printed is that of a classifier fitted to features of
+uncropped images; eval_linear.py CHECKPOINT --augmented 200 fits it to new crops and flips (theirs: of 8 % and more).
 """
 import torch
 import torch.nn.functional as F
@@ -87,8 +76,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension's spread is gamma or more.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
-    ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
+    ## A hinge: it pushes a dimension's spread up to gamma and no further. The gradient of Var fades as the spread
+    ## shrinks; that of its square root does so only below a spread of sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2), Var over n - 1  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -129,8 +118,8 @@ def barlow_twins_loss(z_1, z_2, lambda_=0.005):                           # the 
 
     Zbontar et al. 2021, https://arxiv.org/abs/2103.03230. z_1, z_2 and what is returned: as in vicreg_loss.
     """
-    ## One matrix, *across* the views, of standardised dimensions: its diagonal at 1 for agreement (a constant dimension
-    ## has 0 there), the rest at 0 for dimensions that say different things.
+    ## C correlates the dimensions of view 1 with those of view 2. Diagonal to 1: the views agree (a constant dimension
+    ## has 0 there); the rest to 0: no two dimensions say the same.
     with torch.autocast(z_1.device.type, enabled=False):
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         z_1, z_2 = (F.batch_norm(z, None, None, training=True) for z in (z_1, z_2))
@@ -192,8 +181,10 @@ class SJEA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2), what the two views are drawn from: as in S-JEA's or VICReg's published code, or crops and flips."""
-    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)        # up to 64 px VICReg's blur is left out
+    """(T_1, T_2): each image's t_k is a draw from T_k. As in S-JEA's or VICReg's published code, or crops and flips."""
+    # What a View leaves out: p_flip 0.5, p_jitter 0.8, jitter (0.4, 0.4, 0.2, 0.1), p_grey 0.2, no blur or solarizing
+    crop = (args.crop_min, 1.0)
+    blur = float(args.image_size > 64)                                    # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
     if args.augmentation == "crop":
@@ -205,10 +196,10 @@ def transformations(args):
 
 def training_step(model, x, args, generator):
     """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings). The loop and the optimizer are in common.train."""
-    t_1, t_2 = transformations(args)
-    # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S], S = args.image_size
-    x_1 = common.augment(x, t_1, args.image_size, generator)
-    x_2 = common.augment(x, t_2, args.image_size, generator)
+    T_1, T_2 = transformations(args)
+    # S-JEA Algorithm 1: x_1, x_2 = transform(x)  [B, 3, S, S], S = args.image_size; normalised
+    x_1 = common.augment(x, T_1, args.image_size, generator)
+    x_2 = common.augment(x, T_2, args.image_size, generator)
     loss, terms, embeddings = 0, {}, {}
     for stack, (z_1, z_2) in enumerate(model(x_1, x_2)):
         z_1, z_2 = common.gather(z_1), common.gather(z_2)                 # [n, d]; under torchrun n = B x processes
@@ -228,9 +219,9 @@ def arguments(argv=None):
     parser = common.Parser(__doc__)
     add, number = parser.add_argument, common.number
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the encoder f")
-    add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d")
+    add("--projector", type=common.widths, default="256-256-256", help="widths of h's layers; the last is d (which stacks have an h: --projectors)")
     add("--stacks", type=number(int, 1, 16), default=2, help="encoders on top of each other; 1 is VICReg")
-    add("--projectors", help="a digit per stack from 0 on: 1 with a projector, 0 without, as in Table 3; Table 1: 10 (default: all 1)")
+    add("--projectors", help="a digit per stack, 1 with a projector, 0 without, as in Table 3; 10 (one, zero: on stack 0 alone) is Table 1 (default: all 1)")
     add("--stack-weights", type=number(float, 0), nargs="+", help="weight of each stack's loss (default: all 1)")
     add("--base", choices=("vicreg", "barlow-twins"), default="vicreg", help="whose loss every stack has; barlow-twins does not use lambda, mu, nu")
     add("--stop-gradient", action="store_true", help="between stacks: each learns from its own loss alone (with --stacks 1 there is nothing to stop)")
@@ -242,7 +233,7 @@ def arguments(argv=None):
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, adamw (default --lr: 0.03) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
-    # AdamW and LARS have default rates of their own, LARS a decay, too, so argv is searched for the optimizer first.
+    # --optimizer changes the default of --lr (lars that of --weight-decay, too), so it is looked up in argv first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.given(argv).optimizer, {}))
     args = common.parse(parser, argv)
@@ -268,7 +259,7 @@ def main(argv=None):
         print(f"stack {stack}: {f_million + h_million:.2f} M parameters "
               f"(encoder {f_million:.2f}, projector {h_million:.2f})")
     print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
-    features = common.train(args, model, training_step, data)
+    features = common.train(args, model, training_step, data)             # the loop: backward, step, log, checkpoint
     eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 

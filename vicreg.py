@@ -5,15 +5,16 @@ Bardes, Ponce, LeCun 2021, https://arxiv.org/abs/2105.04906
     python vicreg.py                                  # ten shapes, made on the fly, minutes on a laptop
     python vicreg.py --dataset cifar10 --epochs 200 --width 64
 
-Two random views x_1, x_2 of every image go through one encoder f and one projector h. The paper writes x, x' for
-the views, y, y' and z, z' for what becomes of them, Z, Z' for a batch of n (here z_1, z_2), f_theta for f and
-"expander" h_phi for h:
+Two random views of every image go through one encoder and one projector:
 
-    Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which feel the loss
+    Y = pool(f(X)) representations [n, C], which are kept;  Z = h(Y) embeddings [n, d], which the loss compares
 
-C(Z) is a covariance, S(x, eps) the deviation of any n numbers x; in tensor shapes C is the number of channels and
-S the side of a view. Here z_i is row i of Z, one image (in the code z_1 is all of Z), and z^j its column j, one
-dimension; in c, i and j are dimensions.
+    here     x_1, x_2    f          y_1, y_2 (maps, not yet pooled)    h                        z_1, z_2
+    paper    x, x'       f_theta    y, y'; of n images Y, Y'           h_phi, the "expander"    z, z'; Z, Z'
+
+Below, z_i is the embedding of image i, a vector of d (row i of Z), and z^j, column j of Z, one dimension of all n
+images; in C(Z)_ij, a covariance, i and j are dimensions. S(x, eps) is the standard deviation of n numbers x. In
+tensor shapes C is the number of channels, S the side of a view.
 
     Eq. (1)  v(Z)     = 1/d  sum_j max(0, gamma - S(z^j, eps))        every dimension keeps its spread
     Eq. (2)  S(x,eps) = sqrt(Var(x) + eps)                            gamma = 1, eps = 1e-4
@@ -22,12 +23,12 @@ dimension; in c, i and j are dimensions.
     Eq. (5)  s(Z,Z')  = 1/n  sum_i ||z_i - z'_i||^2                   the two views agree
     Eq. (6)  l(Z,Z')  = lambda s(Z,Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]
 
-Two things follow the authors' code (facebookresearch/vicreg), whose defaults are the published coefficients (25, 25,
-1), and not the paper's equations: s is also divided by d (so has the paper's Algorithm 1), and the variance term is
-halved (so have S-JEA's code and lightly, but not Algorithm 1 and solo-learn). The default settings suit minutes on
-two CPU cores: width 16 (so C = 128 instead of ResNet-18's 512), d = 256 instead of 8192 (12.7 points worse in the
-paper's Table 12, on ImageNet), the optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and nu = 8,
-chosen with AdamW (results/README.md). The published ones are flags.
+Two things are as in the authors' code (facebookresearch/vicreg), not as in Eq. (5) and (6): s is divided by d as well
+(so it is in the paper's Algorithm 1), and v(Z) + v(Z') is halved (not so in Algorithm 1). The published coefficients,
+(25, 25, 1), are the defaults of that code. The default settings suit minutes on two CPU cores: width 16 (so C = 128
+instead of ResNet-18's 512), d = 256 instead of 8192 (12.7 points worse in the paper's Table 12, on ImageNet), the
+optimizer Muon, S-JEA's augmentation (on shapes with larger crops), and nu = 8, chosen with AdamW (results/README.md).
+The published ones are flags.
 """
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,8 @@ def variance(z, gamma=1.0, eps=1e-4):
 
     z: [n, d] embeddings of one view. Returns a scalar in [0, gamma); 0 when every dimension's spread is gamma or more.
     """
-    ## A hinge: it pushes a dimension up to a spread of gamma and then lets go. Without the square root its gradient
-    ## would fade as the spread does; with it, only below a spread of sqrt(eps) = 0.01.
+    ## A hinge: it pushes a dimension's spread up to gamma and no further. The gradient of Var fades as the spread
+    ## shrinks; that of its square root does so only below a spread of sqrt(eps) = 0.01.
     S = torch.sqrt(z.var(dim=0) + eps)                                    # VICReg Eq. (2), Var over n - 1  [d]
     return F.relu(gamma - S).mean()                                       # VICReg Eq. (1)
 
@@ -122,8 +123,10 @@ class VICReg(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(t_1, t_2), what the two views are drawn from: as in S-JEA's or VICReg's published code, or crops and flips."""
-    crop, blur = (args.crop_min, 1.0), float(args.image_size > 64)        # up to 64 px VICReg's blur is left out
+    """(T_1, T_2): each image's t_k is a draw from T_k. As in S-JEA's or VICReg's published code, or crops and flips."""
+    # What a View leaves out: p_flip 0.5, p_jitter 0.8, jitter (0.4, 0.4, 0.2, 0.1), p_grey 0.2, no blur or solarizing
+    crop = (args.crop_min, 1.0)
+    blur = float(args.image_size > 64)                                    # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
         return (View(crop, jitter=(0.4, 0.4, 0.4, 0.1)),) * 2             # one for both; each view is a draw of its own
     if args.augmentation == "crop":
@@ -135,9 +138,9 @@ def transformations(args):
 
 def training_step(model, x, args, generator):
     """One batch x [B, 3, H, W] uint8 -> (loss, terms, embeddings). The loop and the optimizer are in common.train."""
-    t_1, t_2 = transformations(args)
-    x_1 = common.augment(x, t_1, args.image_size, generator)              # [B, 3, S, S], S = args.image_size
-    x_2 = common.augment(x, t_2, args.image_size, generator)
+    T_1, T_2 = transformations(args)
+    x_1 = common.augment(x, T_1, args.image_size, generator)              # normalised [B, 3, S, S], S = args.image_size
+    x_2 = common.augment(x, T_2, args.image_size, generator)
     z_1, z_2 = model(x_1, x_2)
     z_1, z_2 = common.gather(z_1), common.gather(z_2)                     # [n, d]; under torchrun n = B x processes
     loss, terms = vicreg_loss(z_1, z_2, args.lambda_, args.mu, args.nu)
@@ -159,7 +162,7 @@ def arguments(argv=None):
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, adamw (default --lr: 0.03) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
-    # AdamW and LARS have default rates of their own, LARS a decay, too, so argv is searched for the optimizer first.
+    # --optimizer changes the default of --lr (lars that of --weight-decay, too), so it is looked up in argv first.
     own = {"adamw": dict(lr=0.03), "lars": dict(lr=0.3, weight_decay=1e-6)}
     parser.set_defaults(**own.get(parser.given(argv).optimizer, {}))
     args = common.parse(parser, argv)
@@ -174,7 +177,7 @@ def main(argv=None):
     data = common.load_dataset(args)
     torch.manual_seed(args.seed)
     model = VICReg(args)
-    features = common.train(args, model, training_step, data)
+    features = common.train(args, model, training_step, data)             # the loop: backward, step, log, checkpoint
     eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -974,6 +975,29 @@ def test_the_curve_is_of_means_over_tenths_of_an_epoch(byol, tiny_run, monkeypat
     parts = np.array_split(losses, 10)
     assert len(losses) == 21 and {len(part) for part in parts} == {2, 3}
     assert row["curve"]["loss"] == pytest.approx([part.mean() for part in parts], rel=1e-3, abs=1e-4) and row["loss"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
+def test_the_bar_of_a_resumed_epoch_counts_its_own_steps(tiny_run, tmp_path, monkeypatch, capsys):
+    """By a clock that ticks once a step, batches of 32 are 32 images/s, however many steps of the epoch came before."""
+    class Bar(common.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._time, self.mininterval = lambda: len(ticks), 0
+            self.start_t = self.last_print_t = len(ticks)
+
+        def update(self, n=1):
+            ticks.append(n)
+            if len(ticks) == 3:
+                signal.raise_signal(signal.SIGINT)
+            return super().update(n)
+
+    ticks = []
+    monkeypatch.setattr(common, "tqdm", Bar)
+    with pytest.raises(SystemExit):
+        tiny_run("vicreg", "--epochs", "1", out=tmp_path / "run")
+    capsys.readouterr()
+    tiny_run("vicreg", "--epochs", "1", "--resume", out=tmp_path / "run")
+    assert set(re.findall(r"([\d.]+) images/s, loss", capsys.readouterr().err)) == {"32.00"}
 
 
 def test_a_warm_up_of_part_of_an_epoch(byol, tiny_run, monkeypatch):

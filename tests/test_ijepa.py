@@ -280,6 +280,16 @@ def test_a_step_takes_its_crop_its_masks_its_loss_and_watches_features(script, l
     assert torch.allclose(watched["target"].double(), s_y.mean(1), atol=1e-6) and torch.allclose(watched["prediction"].double(), s_hat.mean((1, 2)), atol=1e-6)
 
 
+@pytest.mark.parametrize("script", (ijepa, cjepa))
+def test_masks_are_waited_for_where_the_device_is_no_cuda(script, monkeypatch):
+    """On MPS a copy that is not waited for may read memory that holds the next step's masks (pytorch#189690)."""
+    args, copies, to = script.arguments([*SMALL]), [], torch.Tensor.to
+    model, images = script.JEPA(args), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: copies.append((x.dtype, how.get("non_blocking"))) or to(x, *where, **how))
+    script.training_step(model, images, args, torch.Generator())
+    assert [non_blocking for dtype, non_blocking in copies if dtype == torch.int64] == [False, False]
+
+
 def test_each_level_is_its_own_encoder(step):
     model, _, y, *_ = step
     found = model.representations(y)

@@ -106,8 +106,8 @@ def test_a_step_computes_the_loss_of_its_two_views(augmentation, shapes_64):
 
     torch.manual_seed(0)
     model, generator = vicreg.VICReg(args), torch.Generator().manual_seed(5)
-    t_1, t_2 = vicreg.transformations(args)
-    z = [model.h(model.f(common.augment(shapes_64.images, t, 32, generator)).mean((2, 3))).detach().double().numpy() for t in (t_1, t_2)]
+    T_1, T_2 = vicreg.transformations(args)
+    z = [model.h(model.f(common.augment(shapes_64.images, T, 32, generator)).mean((2, 3))).detach().double().numpy() for T in (T_1, T_2)]
     expected = (25 * loop_invariance(*z) + 3 * (loop_variance(z[0]) + loop_variance(z[1])) / 2
                 + 5 * (loop_covariance(z[0]) + loop_covariance(z[1])))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -120,8 +120,8 @@ def test_recipes_are_the_published_ones():
     assert [(v.p_blur, v.p_solarize) for v in large] == [(1.0, 0.0), (0.1, 0.2)]
     assert [(v.p_blur, v.p_solarize) for v in small] == [(0.0, 0.0), (0.0, 0.2)]
     assert all((v.p_flip, v.p_jitter, v.jitter, v.p_grey) == (0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2) for v in large)
-    t_1, t_2 = vicreg.transformations(vicreg.arguments(["--augmentation", "sjea"]))
-    assert t_1 == t_2 and (t_1.jitter, t_1.p_jitter, t_1.p_grey, t_1.p_blur) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)
+    T_1, T_2 = vicreg.transformations(vicreg.arguments(["--augmentation", "sjea"]))
+    assert T_1 == T_2 and (T_1.jitter, T_1.p_jitter, T_1.p_grey, T_1.p_blur) == ((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)
     for method in (vicreg, sjea):
         smallest = lambda *flags: method.transformations(method.arguments([*flags]))[1].crop_scale
         assert smallest("--dataset", "cifar10") == (0.3, 1.0)                                # S-JEA's authors' global_scale
