@@ -243,7 +243,7 @@ def training_step(model, images, args, generator):
     """One batch of images [B, 3, H, W] uint8 -> (loss, terms, features whose rank common.train logs)."""
     crop = View((args.crop_min, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0)
     y = common.augment(images, crop, args.image_size, generator)          # [B, 3, S, S], S = args.image_size
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # common.train's seed of this step
+    cpu_generator = torch.Generator().manual_seed(generator.initial_seed())       # this step's seed, on the CPU
     masks = draw_masks(args, len(images) * common.process()[1], cpu_generator)    # of all processes: one Nc for all
     # non_blocking: waits for no earlier step; not on MPS, where such a copy may read freed memory (pytorch#189690)
     context, targets = (common.share(i).to(y.device, non_blocking=y.is_cuda) for i in masks)        # [B, Nc], [B, M, Nt]
