@@ -26,7 +26,7 @@ images by d = D features. s, v and c are VICReg's (https://arxiv.org/abs/2105.04
 is divided by d as well, v(Z) + v(Z') halved. No projector lies between them and the terms. v and c are to guard
 against collapse beside the EMA, s to get the mean of the patches right ("contrastive" is the title's word: there are
 no negative pairs). Without an EMA and with AdamW a beta_vicreg of 0.001 does not keep k-NN above an untrained
-network's here, 0.1 does (README, question 16).
+network's on CIFAR-10, 0.1 does (README, question 16).
 
 This script was written from a review of the paper (where it describes a figure of I-JEPA, it swaps the two
 encoders); it has neither this formula nor the coefficients, which are the paper's as others quote them, and does not
