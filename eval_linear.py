@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import nn
 from tqdm import trange
 
@@ -97,6 +95,9 @@ def within(features, test_features, y, y_test, sub, sub_test, k=80, temperature=
     sub-category; {"nmi", "rand"}: agreement of a k-means clustering of the class's test images with their true
     sub-categories. A random clustering has an adjusted Rand index of 0, but, of so few images, an NMI of "chance_nmi".
     """
+    # not at the top: it takes a second or two to import, and every training script imports this file
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     ## S-JEA claims that its higher stack holds sub-categories, and shows t-SNE maps. This measures it.
     rows = []
     for c in sorted(set(y.tolist()) & set(y_test.tolist())):

@@ -23,7 +23,7 @@ ALL = {"tsne", "class", "covariance", "accuracy", "views", "spectrum", "masks", 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{method: Run} of two epochs on 128 images."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
     load_shapes, common.load_shapes = common.load_shapes, conftest.tiny_shapes
     options = figures.arguments(["-", "--images", "60"])
     made = {}
