@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, rgb_to_grayscale
 from tqdm import tqdm
 
 
@@ -656,11 +656,6 @@ def blur_matrix(sigma, size):
         2, at.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1))
 
 
-def grey(x):
-    """[n, 3, H, W] -> [n, 1, H, W], luma as ITU-R 601-2 weighs it."""
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
-
-
 def blend(x, other, factor):
     """factor * x + (1 - factor) * other, kept in [0, 1]; factor [n]."""
     factor = factor[:, None, None, None]
@@ -686,12 +681,12 @@ def apply_view(images, p, size):
     x = images.float().div_(255) @ columns.mT[:, None]                                      # [n, 3, H, size]
     x = rows[:, None] @ x                                                                   # [n, 3, size, size]
     operations = (lambda x: blend(x, 0, p["brightness"]),
-                  lambda x: blend(x, grey(x).mean((2, 3), keepdim=True), p["contrast"]),
-                  lambda x: blend(x, grey(x), p["saturation"]),
+                  lambda x: blend(x, rgb_to_grayscale(x).mean((2, 3), keepdim=True), p["contrast"]),
+                  lambda x: blend(x, rgb_to_grayscale(x), p["saturation"]),
                   lambda x: shift_hue(x, p["hue"]))
     for i in p["order"]:
         x = operations[i](x)
-    x = torch.where(p["grey"][:, None, None, None], grey(x), x)
+    x = torch.where(p["grey"][:, None, None, None], rgb_to_grayscale(x), x)
     if p["sigma"] is not None:
         blur = blur_matrix(p["sigma"], size)[:, None]
         x = blur @ x @ blur.mT
