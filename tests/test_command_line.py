@@ -127,7 +127,7 @@ BAD = [  # script, flags, words of the line
     ("sjea", "--out {checkpoints}", "--out --resume"),
     ("ijepa", "--patch-size 5", "--patch-size 5 32"),
     ("ijepa", "--patch-size 0", "--patch-size 0"),
-    ("ijepa", "--patch-size 8", "--target-scale 4 --patch-size"),
+    ("ijepa", "--patch-size 8", "--target-scale 4 0.15 0.2 0.75 1.5 --patch-size"),
     ("ijepa", "--image-size 12", "--target-scale 3"),
     ("ijepa", "--target-scale 0.2 0.15", "--target-scale"),
     ("ijepa", "--target-scale 0.2", "--target-scale 2"),

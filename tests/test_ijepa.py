@@ -14,7 +14,7 @@ import cjepa
 import common
 import ijepa
 
-SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "24", "--predictor-depth", "2"]
+SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "24", "--predictor-depth", "3"]
 
 
 def rectangle(indices, grid):
@@ -53,13 +53,15 @@ def test_multiblock_masks():
     assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.03)
 
 
-def test_context_is_what_the_targets_leave_of_a_square():
+@pytest.mark.parametrize("grid, sides", [(14, (13,)), (28, (26, 27))])
+def test_context_is_what_the_targets_leave_of_a_square(grid, sides):
     """With one image per batch nothing is cut: square minus blocks, exactly."""
     generator = torch.Generator().manual_seed(0)
+    squares = [{r * grid + c for r in range(top, top + side) for c in range(left, left + side)}
+               for side in sides for top in range(grid - side + 1) for left in range(grid - side + 1)]
     for _ in range(300):
-        context, targets = ijepa.multiblock_masks(1, 14, generator)
+        context, targets = ijepa.multiblock_masks(1, grid, generator)
         hidden = set(targets.flatten().tolist())
-        squares = [{r * 14 + c for r in range(top, top + 13) for c in range(left, left + 13)} for top in (0, 1) for left in (0, 1)]
         assert set(context[0].tolist()) in [square - hidden for square in squares]
 
 
@@ -163,9 +165,11 @@ def step():
     model = ijepa.JEPA(args).double()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    for module in model.modules():             # sin-cos tables in full precision
+    for module in model.modules():
         if hasattr(module, "position"):
-            module.position = torch.stack([reference_position(j, 6, module.position.shape[1]) for j in range(36)])
+            exact = torch.stack([reference_position(j, 6, module.position.shape[1]) for j in range(36)])
+            assert module.position.shape == exact.shape and (module.position - exact).abs().max() < 1e-6
+            module.position = exact            # the table in full precision
     y = torch.randn(3, 3, 24, 24, dtype=torch.float64)
     return model, args, y, *ijepa.multiblock_masks(3, 6, torch.Generator().manual_seed(1))
 
@@ -236,9 +240,10 @@ def test_pixel_targets_are_normalised_patches():
 
 
 def test_the_weights_start_as_documented():
-    """The target as the context encoder; Xavier's uniform, the last layers of block l scaled by 1 / sqrt(2 l); no biases."""
+    """The target as the context encoder; Xavier's uniform, the last layers of block l scaled by 1 / sqrt(2 l); no biases; the mask token small."""
     torch.manual_seed(0)
-    model = ijepa.JEPA(ijepa.arguments(SMALL))
+    model = ijepa.JEPA(ijepa.arguments([*SMALL, "--vit", "tiny", "--predictor-width", "192"]))
+    assert model.predictor.mask_token.shape == (192,) and model.predictor.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert all(torch.equal(p, q) for p, q in zip(model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True))
     for transformer in (model.context_encoder, model.predictor):
         for name, layer in transformer.named_modules():
@@ -308,6 +313,38 @@ def test_masks_follow_their_flags():
     context, targets = draw("--num-targets", "1", "--target-scale", "0.1", "0.15", "--context-scale", "0.5", "0.6")
     assert context.shape[1] <= 0.6 * 64
     assert ijepa.first_true(torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]).bool()).tolist() == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("script, flags", [(ijepa, []), (cjepa, ["--views", "target"])])
+@pytest.mark.parametrize("strategy", ("multiblock", "rasterized", "block", "random"))
+def test_a_grid_is_taken_where_its_masks_can_be_drawn(script, flags, strategy):
+    args, taken, drawn = script.arguments([*SMALL, *flags, "--masking", strategy]), [], []
+    args.patch_size = 8
+    for grid in range(1, 21):
+        args.image_size = 8 * grid
+        try:
+            script.check_grid(args)
+            taken.append(grid)
+        except common.Unusable:
+            pass
+        try:
+            context, targets = script.draw_masks(args, 64, torch.Generator().manual_seed(0))
+            drawn += [grid] * (context.numel() > 0 and targets.numel() > 0)
+        except (RuntimeError, IndexError):     # no size to choose from, no quadrants
+            pass
+    assert taken == drawn and 2 < len(taken) < 20
+
+
+@pytest.mark.parametrize("script", (ijepa, cjepa))
+def test_blocks_that_could_cover_the_context_and_predictors_wider_than_the_encoder_are_refused(script):
+    quarters = [*SMALL, "--target-scale", "0.25", "0.25", "--context-scale", "1", "1"]                 # 4 x 4 of 8 x 8 patches
+    script.arguments([*quarters, "--num-targets", "3"])
+    with pytest.raises(common.Unusable, match="--num-targets: 4 blocks of --target-scale 0.25"):
+        script.arguments([*quarters, "--num-targets", "4"])
+    script.arguments([*SMALL, "--predictor-width", "96"])
+    for width in ("28", "30", "108"):          # no multiple of 3 heads; none of 4; wider than 96
+        with pytest.raises(common.Unusable, match=f"--predictor-width: {width}"):
+            script.arguments([*SMALL, "--predictor-width", width])
 
 
 @pytest.mark.parametrize("size, reference, patch", [("base", "vit_b_16", 16), ("large", "vit_l_16", 16), ("huge", "vit_h_14", 14)])

@@ -96,7 +96,7 @@ def test_each_view_is_drawn_from_its_own_distribution(script, shapes_64, monkeyp
     assert drawn == list(script.transformations(args)) and drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize("augmentation", ["sjea", "vicreg"])
+@pytest.mark.parametrize("augmentation", ["sjea", "vicreg", "crop"])
 def test_a_step_computes_the_loss_of_its_two_views(augmentation, shapes_64):
     """training_step against the same steps written out with the loops above, in float32."""
     args = vicreg.arguments(["--width", "8", "--projector", "8-8", "--precision", "fp32", "--mu", "3", "--nu", "5", "--augmentation", augmentation])
@@ -111,12 +111,12 @@ def test_a_step_computes_the_loss_of_its_two_views(augmentation, shapes_64):
     expected = (25 * loop_invariance(*z) + 3 * (loop_variance(z[0]) + loop_variance(z[1])) / 2
                 + 5 * (loop_covariance(z[0]) + loop_covariance(z[1])))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert embeddings["0"].shape == (64, 8)
+    assert embeddings["0"].shape == (64, 8) and model.f.channels == 8 * 8             # --width 8
 
 
 def test_recipes_are_the_published_ones():
-    small = vicreg.transformations(vicreg.arguments(["--augmentation", "vicreg"]))
-    large = vicreg.transformations(vicreg.arguments(["--augmentation", "vicreg", "--image-size", "224"]))
+    small, medium, large = (vicreg.transformations(vicreg.arguments(["--augmentation", "vicreg", "--image-size", size])) for size in ("64", "65", "224"))
+    assert medium == large
     assert [(v.p_blur, v.p_solarize) for v in large] == [(1.0, 0.0), (0.1, 0.2)]
     assert [(v.p_blur, v.p_solarize) for v in small] == [(0.0, 0.0), (0.0, 0.2)]
     assert all((v.p_flip, v.p_jitter, v.jitter, v.p_grey) == (0.5, 0.8, (0.4, 0.4, 0.2, 0.1), 0.2) for v in large)
