@@ -640,6 +640,7 @@ def their_resnet(arch, image_size, in_channels):
 
 @pytest.mark.parametrize("arch, size, in_channels, map_shape", [
     ("resnet18", 224, 3, (512, 7, 7)), ("resnet50", 224, 3, (2048, 7, 7)), ("resnet18", 96, 3, (512, 3, 3)),
+    ("resnet18", 65, 3, (512, 3, 3)), ("resnet18", 64, 3, (512, 8, 8)),
     ("resnet18", 32, 3, (512, 4, 4)), ("resnet50", 32, 3, (2048, 4, 4)), ("resnet18", 20, 3, (512, 3, 3)),
     ("resnet18", 7, 512, (512, 1, 1)), ("resnet18", 4, 512, (512, 1, 1)), ("resnet50", 3, 512, (2048, 1, 1)), ("resnet18", 1, 512, (512, 1, 1))])
 def test_resnet_equals_torchvisions(arch, size, in_channels, map_shape):
@@ -777,6 +778,7 @@ def test_learning_rate():
     assert rate(110) == pytest.approx(0.002)
     assert common.learning_rate(0, 50, 0, 2.0) == pytest.approx(2.0)
     assert common.learning_rate(49, 50, 0, 2.0) == pytest.approx(0.002)
+    assert [common.learning_rate(step, 2, 0, 2.0) for step in (0, 1)] == pytest.approx([2.0, 0.002])
     assert common.learning_rate(0, 1, 0, 2.0) == pytest.approx(2.0)                         # a run of one step
     assert common.learning_rate(4, 5, 10, 2.0) == pytest.approx(1.0)                        # shorter than its warm-up
 

@@ -450,7 +450,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny_run):
 def test_schedules():
     """Weight decay over the real number of steps."""
     assert [common.weight_decay(step, 11, 0.04, 0.4) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
-    assert common.weight_decay(3, 11, 0.1, 0.1) == pytest.approx(0.1)
+    assert [common.weight_decay(step, 2, 0.04, 0.4) for step in (0, 1)] == pytest.approx([0.04, 0.4])
+    assert [common.weight_decay(0, 1, 0.1, 0.4), common.weight_decay(3, 11, 0.1, 0.1)] == pytest.approx([0.1, 0.1])
 
 
 @pytest.mark.parametrize("method", ["ijepa", "cjepa"])
