@@ -127,7 +127,7 @@ def test_shots_are_stratified_and_reproducible():
     assert not torch.equal(eval_linear.draw_shots(y, 5, seed=3), eval_linear.draw_shots(y, 5, seed=4))
 
 
-def test_few_shot_is_the_mean_of_scikit_learns_probes():
+def test_few_shot_is_the_mean_of_scikit_learns_probes(monkeypatch):
     """Five draws of 20 per class: scikit-learn's classifier on the same images, within half a point; n - 1 in the deviation."""
     (x, y), (x_test, y_test) = blobs(1, 2000), blobs(2, 3000)
     expected = []
@@ -136,7 +136,10 @@ def test_few_shot_is_the_mean_of_scikit_learns_probes():
         scaler = StandardScaler().fit(x[chosen].double().numpy())
         reference = LogisticRegression(C=1 / (1e-3 * len(chosen)), max_iter=5000, tol=1e-8).fit(scaler.transform(x[chosen].double().numpy()), y[chosen])
         expected.append(reference.score(scaler.transform(x_test.double().numpy()), y_test))
+    draw_shots, seeds = eval_linear.draw_shots, []
+    monkeypatch.setattr(eval_linear, "draw_shots", lambda y, shots, seed: seeds.append(seed) or draw_shots(y, shots, seed))
     found = eval_linear.few_shot(x, x_test, y, y_test, 20)
+    assert seeds == [0, 1, 2, 3, 4]
     assert found["mean"] == pytest.approx(np.mean(expected), abs=0.005)
     assert found["std"] == pytest.approx(np.std(expected, ddof=1), abs=0.005) and found["std"] > 0.002
 
@@ -179,11 +182,10 @@ def test_within_equals_scikit_learn_class_by_class():
 def test_within_votes_as_it_is_told_and_leaves_out_a_class_without_test_images():
     (x, sub), (x_test, sub_test) = blobs(3, 300, classes=4), blobs(4, 200, classes=4)
     y, y_test = torch.arange(300) % 3, torch.arange(200) % 2                                # no class 2 in test
-    scores = {k: eval_linear.within(x, x_test, y, y_test, sub, sub_test, k=k)["knn_top1"] for k in (1, 80)}
+    nearest = {k: np.mean([common.knn(x[y == c], sub[y == c], x_test[y_test == c], sub_test[y_test == c], k, temperature=10) for c in (0, 1)]) for k in (1, 25, 80)}
     for k, neighbours in ((1, 1), (80, 25)):                                                # 100 images of a class, 4 sub-categories
-        nearest = [common.knn(x[y == c], sub[y == c], x_test[y_test == c], sub_test[y_test == c], neighbours) for c in (0, 1)]
-        assert scores[k] == pytest.approx(np.mean(nearest))
-    assert scores[1] != scores[80]
+        assert eval_linear.within(x, x_test, y, y_test, sub, sub_test, k, temperature=10)["knn_top1"] == pytest.approx(nearest[neighbours])
+    assert len(set(nearest.values())) == 3     # at a temperature of 0.1 the far ones hardly count
 
 
 def test_within_knows_a_sub_category_that_train_lacks():
