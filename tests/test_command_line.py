@@ -40,6 +40,7 @@ def made(tmp_path_factory):
     tree("no_test", "test")
     tree("no_classes", "train/cat", "train/dog")
     tree("empty_class", "train/dog/0.png", "train/dog/1.png")
+    tree("class_in_test_alone", "train/dog")
     tree("other_classes", "test/dog")
     (tree("text_as_image") / "train" / "cat" / "1.png").write_text("no image")
     (tree("zero_bytes") / "test" / "dog" / "0.png").write_bytes(b"")
@@ -102,6 +103,7 @@ BAD = [  # script, flags, words of the line
     ("vicreg", "--out {made}/a_file", "--out a_file"),
     ("vicreg", "--out {made}/a_file/run", "--out a_file"),
     ("vicreg", FOLDER + "good --out {made}/dangling", "--out dangling"),
+    ("vicreg", FOLDER + "good --out " + 300 * "x", "--out xxx"),
     ("sjea", "--stacks 0", "--stacks 0"),
     ("sjea", "--stacks two", "--stacks two"),
     ("sjea", "--projectors 101", "--projectors 101 2"),
@@ -118,6 +120,7 @@ BAD = [  # script, flags, words of the line
     ("sjea", FOLDER + "no_classes", "--data-dir class"),
     ("sjea", FOLDER + "empty_class", "--data-dir dog"),
     ("sjea", FOLDER + "other_classes", "--data-dir dog"),
+    ("sjea", FOLDER + "class_in_test_alone", "--data-dir dog"),
     ("sjea", FOLDER + "text_as_image", "--data-dir cat/1.png"),
     ("sjea", FOLDER + "zero_bytes", "--data-dir dog/0.png"),
     ("sjea", FOLDER + "truncated", "--data-dir cat/1.png"),
@@ -196,6 +199,44 @@ def refusal(script, argv, monkeypatch, capfd):
     assert stop.value.code == 2, error
     assert len(error.splitlines()) == 1 and error.startswith(f"{script}.py: ")
     return error
+
+
+@pytest.mark.parametrize("script, flags", [("vicreg", ["--optimizer", "lars"]), ("sjea", ["--optimizer", "adamw"]), ("ijepa", ["--recipe", "paper"]), ("cjepa", ["--optimizer", "adamw"])])
+def test_flags_of_the_command_line_change_the_defaults_of_others(script, flags, monkeypatch):
+    """As those of a list do."""
+    arguments = importlib.import_module(script).arguments
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    assert arguments() == arguments(flags) and arguments().lr != arguments([]).lr
+
+
+RESNET = dict(arch="resnet18", width=16, projector=[256, 256, 256], lambda_=25, mu=25, nu=8, augmentation="sjea", crop_min=0.8, lr=0.06, weight_decay=1e-4,
+              epochs=2, batch_size=64, warmup_epochs=0.5, eval_every=1)
+VIT = dict(vit="micro", patch_size=4, predictor_width=48, predictor_depth=3, num_targets=2, masking="multiblock", target="features", loss="smooth_l1", crop_min=0.8,
+           lr=0.032, weight_decay=0.04, weight_decay_end=0.04, epochs=3, batch_size=32, warmup_epochs=0.5, eval_every=3)
+
+
+@pytest.mark.parametrize("script, defaults", [
+    ("vicreg", RESNET), ("sjea", RESNET | dict(stacks=2, projectors="11", stack_weights=[1, 1], stop_gradient=False, base="vicreg")),
+    ("ijepa", VIT), ("cjepa", VIT | dict(beta_vicreg=0.001, beta_sim=25, beta_std=25, beta_cov=1, views="blocks"))])
+def test_the_defaults_are_those_of_the_results(script, defaults):
+    """What `python METHOD.py` trains: the README's figures are of these."""
+    args = importlib.import_module(script).arguments(["--device", "cpu"])
+    common_to_all = dict(dataset="shapes", data_dir="data", image_size=32, optimizer="muon", seed=0, checkpoint_minutes=10, out=f"runs/{script}-shapes")
+    assert {name: getattr(args, name) for name in common_to_all | defaults} == common_to_all | defaults
+    assert importlib.import_module(script).arguments(["--dataset", "stl10"]).out == f"runs/{script}-stl10"
+
+
+@pytest.mark.parametrize("fast, default", [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_the_default_where_it_is_fast(fast, default, monkeypatch):
+    monkeypatch.setattr(common, "bf16_is_fast", lambda device: fast)
+    assert [vicreg.arguments(flags).precision for flags in ([], ["--precision", "fp32"], ["--precision", "bf16"])] == [default, "fp32", "bf16"]
+
+
+@pytest.mark.parametrize("out", ["a_file", "a_file/run"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_data_is_read(out, made, monkeypatch):
+    monkeypatch.setattr(common, "load_dataset", lambda args: pytest.fail("the data was read"))
+    with pytest.raises(common.Unusable, match="--out: .*a_file is not a folder that can be written to"):
+        vicreg.main(["--out", str(made / out)])
 
 
 def test_compile_without_a_compiler_is_refused(made, tmp_path, monkeypatch, capfd):

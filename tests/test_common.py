@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_a_random_recipe_equals_torchvision_image_by_image(height, width, size, 
         assert_close(view[decided], x[decided], atol=2e-5)
 
 
-@pytest.mark.parametrize("n, size", [(8, 32), (300, 32), (50, 96)])
+@pytest.mark.parametrize("n, size", [(8, 32), (300, 32), (50, 96), (2, 400)])
 def test_augment_gives_every_image_its_own_view(n, size):
     """Copies of one image become n different views, also where the batch is worked on in parts."""
     images = random_images(1, size, size).expand(n, -1, -1, -1)
@@ -465,13 +466,20 @@ CIFAR100 = """
 
 def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     def answer_garbage(root, **options):
+        for name in left:                      # what a transfer that broke off leaves
+            (root / name).write_text("half")
         raise http.client.BadStatusLine("garbage")
+    left = []
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", answer_garbage)
     args = types.SimpleNamespace(dataset="cifar10", data_dir=tmp_path / "new" / "data", image_size=32, holdout=False, device="cpu")
     with pytest.raises(common.Unusable, match="no usable CIFAR10 in .* nor can it be downloaded: garbage"):
         common.load_dataset(args)
     assert not (tmp_path / "new").exists()
-    (tmp_path / "new").mkdir()
+    left.append("archive")
+    with pytest.raises(common.Unusable, match="no usable CIFAR10 in .* nor can it be downloaded: garbage"):
+        common.load_dataset(args)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == ["new/data/archive"]
+    left.clear(), shutil.rmtree(tmp_path / "new"), (tmp_path / "new").mkdir()
     (tmp_path / "new" / "thesis").write_text("mine")
     with pytest.raises(common.Unusable):
         common.load_dataset(args)
@@ -487,8 +495,9 @@ def test_cifar100_carries_its_superclasses(tmp_path, monkeypatch):
     assert len(names) == 100
     fine = torch.randperm(100, generator=generator()).tolist()
     coarse, images = [coarse_of[names[k]] for k in fine], random_images(100, 32, 32)
+    python2 = b"U\x05batchU\x02\xe9\xff"     # one more entry, of a Python 2 string that is no ASCII, as the official files have them
     batch = lambda name, at: put(folder, name, pickle.dumps(
-        {"data": rows(images[at]), "fine_labels": fine[at], "coarse_labels": coarse[at]}, protocol=2))
+        {"data": rows(images[at]), "fine_labels": fine[at], "coarse_labels": coarse[at]}, protocol=2)[:-2] + python2 + b"u.")
     meta = put(folder, "meta", pickle.dumps({"fine_label_names": names}, protocol=2))
     monkeypatch.setattr(tv, "url", "file:///nowhere")
     monkeypatch.setattr(tv, "train_list", [batch("train", slice(0, 60))])
@@ -524,6 +533,38 @@ def test_stl10_trains_on_its_unlabeled_images(stl10, holdout):
     assert torch.equal(data.train_images, train) and torch.equal(data.test_images, test)
     assert data.train_labels["class"].tolist() == ([0, 3] if holdout else [9, 0, 3])
     assert data.test_labels["class"].tolist() == ([9] if holdout else [1, 9])
+
+
+def test_stl10_at_another_size(stl10):
+    folder, images = stl10
+    data = common.load_dataset(arguments("stl10", folder, 64))
+    for found, split in ((data.images, "unlabeled"), (data.train_images, "train"), (data.test_images, "test")):
+        expected = [np.asarray(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((64, 64), Image.BILINEAR)) for x in images[split]]
+        assert np.abs(found.permute(0, 2, 3, 1).numpy().astype(int) - np.stack(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])
+def test_without_leave_nothing_is_downloaded(dataset, tmp_path, monkeypatch):
+    """For a judge of somebody else's checkpoint."""
+    asked = []
+
+    def absent(root, download, **options):
+        asked.append(download)
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(torchvision.datasets, dataset.upper(), absent)
+    for download in (False, True):
+        with pytest.raises(common.Unusable, match=f"no usable {dataset.upper()} in .*: not here"):
+            common.load_dataset(arguments(dataset, tmp_path, 32), download=download)
+    assert asked == [False, True]
+
+
+def test_a_file_system_without_locks_does_no_harm(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(common.fcntl, "flock", no_locks)
+    with common.one_at_a_time(tmp_path / "data"):
+        assert (tmp_path / "data").is_dir()
 
 
 def test_sjea_trains_on_stl10_end_to_end(stl10, tmp_path):
@@ -574,9 +615,11 @@ def test_folder_reads_every_kind_of_file(tmp_path, test_name):
 
 
 def test_folder_prefers_test_to_val(tmp_path):
+    """Also where other files lie beside its classes."""
     for part, value in (("train", 0), ("test", 1), ("val", 2)):
         for i in range(2):
             save(tmp_path / part / "cat", f"{i}.png", Image.new("RGB", (8, 8), (value,) * 3))
+        (tmp_path / part / "labels.txt").write_text("cat")
     assert common.load_dataset(arguments("folder", tmp_path, 8)).test_images.unique().tolist() == [1]
 
 
@@ -1011,6 +1054,85 @@ def test_a_warm_up_of_part_of_an_epoch(byol, tiny_run, monkeypatch):
     assert rates[::2] == rates[1::2] == pytest.approx([0.005, 0.01, *cosine])    # of two groups, weights and others
 
 
+def test_epochs_last_as_long_as_their_steps(byol, tiny_run, tmp_path, monkeypatch):
+    """By a clock that ticks once a step: four seconds an epoch, also where a run was stopped within one and went on."""
+    ticks, step = [], byol.training_step
+
+    def ticking(*given):
+        ticks.append(None)
+        if len(ticks) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return step(*given)
+
+    monkeypatch.setattr(byol, "training_step", ticking)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(len(ticks)))
+    with pytest.raises(SystemExit):
+        tiny_run("byol", "--epochs", "3", out=tmp_path / "run")
+    tiny_run("byol", "--epochs", "3", "--resume", out=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["seconds"], row["images_per_second"]) for row in rows] == [(4, 32)] * 3
+
+
+def test_knn_comes_every_so_many_epochs_and_after_the_last(byol, tiny_run):
+    out = tiny_run("byol", "--epochs", "5", "--eval-every", "2", "--batch-size", "128")
+    assert [row["epoch"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "knn" in row] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_decay_stays_and_progress_goes_from_0_to_1(steps, byol, tiny_run, monkeypatch):
+    """Of a method without --weight-decay-end, also in a run of one step."""
+    made, seen, make_optimizer = [], [], common.make_optimizer
+    monkeypatch.setattr(common, "make_optimizer", lambda *given: made.append(make_optimizer(*given)) or made[-1])
+    monkeypatch.setattr(byol, "update_target", lambda model, args, progress: seen.append((progress, *(group["weight_decay"] for group in made[-1].param_groups))))
+    tiny_run("byol", "--batch-size", "128", "--epochs", str(steps), "--weight-decay", "0.3")
+    assert seen == [(pytest.approx(i / max(1, steps - 1)), 0.3, 0.0) for i in range(steps)]
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_run_computes_in_the_precision_that_is_asked_for(precision, dtype, byol, tiny_run, monkeypatch):
+    step, seen, extract = byol.training_step, [], byol.BYOL.representations
+    monkeypatch.setattr(byol, "training_step", lambda *given: (lambda found: seen.append(found[2]["online"].dtype) or found)(step(*given)))
+    monkeypatch.setattr(byol.BYOL, "representations", lambda self, x: (lambda found: seen.append(found["online"].dtype) or found)(extract(self, x)))
+    tiny_run("byol", "--epochs", "1", "--precision", precision)
+    assert len(seen) > 5 and set(seen) == {dtype}
+
+
+def test_a_loss_that_is_not_finite_is_noticed_within_twenty_steps(byol, tiny_run, monkeypatch):
+    """Not at the epoch's end, the 32nd."""
+    step, calls = byol.training_step, []
+
+    def failing(*given):
+        loss, terms, embeddings = step(*given)
+        calls.append(loss)
+        return loss * (math.nan if len(calls) == 2 else 1), terms, embeddings
+
+    monkeypatch.setattr(byol, "training_step", failing)
+    with pytest.raises(common.RunFailed, match="loss is nan at step 1;"):
+        tiny_run("byol", "--epochs", "1", "--batch-size", "4")
+    assert len(calls) <= 21
+
+
+def test_a_fresh_start_keeps_the_script_as_it_is_now(tiny_run, tmp_path, capsys):
+    """In a folder where an earlier start failed before it saved."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "vicreg-as-run.py").write_text("loss = 0\n")
+    tiny_run("vicreg", "--epochs", "1", out=tmp_path / "run")
+    assert (tmp_path / "run" / "vicreg-as-run.py").read_bytes() == (ROOT / "vicreg.py").read_bytes()
+    assert "is not what it was" not in capsys.readouterr().err
+
+
+def test_a_run_goes_on_elsewhere(tiny_run):
+    """On another machine, with the data in another place: what does not enter the result may differ."""
+    out = tiny_run("vicreg", "--epochs", "2", stop_after=1)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    there = dict(data_dir="/there", out="/there", device="cuda", precision="bf16", compile=True, eval_every=7, checkpoint_minutes=1.0, stream=True, resume=True)
+    assert all(state["config"][name] != value for name, value in there.items())
+    state["config"].update(there)
+    torch.save(state, out / "checkpoint.pt")
+    tiny_run("vicreg", "--epochs", "2", "--resume", out=out)
+    assert len(common.load_checkpoint(out / "checkpoint.pt")["history"]) == 2
+
+
 def test_batches_are_on_the_device_that_is_asked_for():
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     assert [batch.device.type for batch in common.load_batches(images, torch.arange(4).split(2), "meta")] == ["meta", "meta"]
@@ -1125,20 +1247,29 @@ def test_a_weight_that_the_loss_does_not_reach_is_named(byol, tiny_run, monkeypa
         tiny_run("byol", "--optimizer", optimizer)
 
 
-def test_terms_that_change_end_the_run_and_leave_what_was_saved(byol, tiny_run, tmp_path, monkeypatch):
-    """In the run, and where it is resumed by a script that was changed in between."""
+@pytest.mark.parametrize("before, after", [("a", "ab"), ("ab", "b"), ("a", "b")])
+@pytest.mark.parametrize("batch", ["64", "32"])
+def test_terms_that_change_end_the_run_and_leave_what_was_saved(batch, before, after, byol, tiny_run, tmp_path, monkeypatch):
+    """In the run, and where it is resumed by a script that was changed in between; after two steps, an epoch or half of one."""
     step, calls = byol.training_step, []
 
-    def changing(*args):                       # from the second epoch on
-        loss, terms, embeddings = step(*args)
+    def changing(*args):
+        loss, _, embeddings = step(*args)
         calls.append(loss)
-        return loss, {**terms, "later": loss} if len(calls) > 2 else terms, embeddings
+        if stopped and len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return loss, dict.fromkeys(before if len(calls) < 3 else after, loss), embeddings
 
     monkeypatch.setattr(byol, "training_step", changing)
-    for resume in ([], ["--resume"]):
-        with pytest.raises(common.RunFailed, match="terms of step 2 are later, minus_similarity, of those before minus_similarity"):
-            tiny_run("byol", "--batch-size", "64", *resume, out=tmp_path / "run")
-        assert len(common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["history"]) == 1
+    for stopped in (False, True):
+        calls.clear()
+        out = tmp_path / f"run{stopped}"
+        if stopped:
+            with pytest.raises(SystemExit):
+                tiny_run("byol", "--batch-size", batch, out=out)
+        with pytest.raises(common.RunFailed, match=f"terms of step 2 are {', '.join(after)}, of those before {', '.join(before)};"):
+            tiny_run("byol", "--batch-size", batch, *["--resume"] * stopped, out=out)
+        assert not stopped and batch == "32" or common.load_checkpoint(out / "checkpoint.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("name", ["loss", "lr", "knn"])

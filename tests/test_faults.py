@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -149,12 +150,21 @@ class Send:
 @pytest.mark.parametrize("method, at", [("vicreg", 0), ("ijepa", 7), ("sjea", 12), ("cjepa", 23)])  # an epoch's middle, its end, the run's
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(method, at, undisturbed, tmp_path):
     which, code = (signal.SIGINT, 130) if at % 2 else (signal.SIGTERM, 143)
-    exit_code, error = run(method, flags(method, tmp_path / "run"), Send(at, which))
-    assert exit_code == code
-    assert error.splitlines()[-1].startswith(f"stopped after step {at + 1} of 24; to go on: python {method}.py --batch-size 16") and error.endswith("--resume")
-    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == at + 1
-    assert run(method, flags(method, tmp_path / "run", "--resume"))[0] == 0
-    assert_equal_runs(tmp_path / "run", undisturbed(method))
+    out = tmp_path / "my run"
+    exit_code, error = run(method, flags(method, out), Send(at, which))
+    said, again = error.splitlines()[-1].split(" to go on: ")
+    assert exit_code == code and said == f"stopped after step {at + 1} of 24;" and shlex.split(again) == ["python", f"{method}.py", *flags(method, out), "--resume"]
+    assert run(method, flags(method, out))[0] == 2                         # without --resume it would begin afresh
+    assert common.load_checkpoint(out / "checkpoint.pt")["step"] == at + 1
+    assert run(method, flags(method, out, "--resume"))[0] == 0
+    assert_equal_runs(out, undisturbed(method))
+
+
+def test_signals_are_the_callers_again_after_training():
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with common.stop_signals():
+        assert all(signal.getsignal(each) not in before for each in (signal.SIGINT, signal.SIGTERM))
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def stop_while_judging(step):
@@ -338,7 +348,7 @@ def test_a_folder_takes_one_run_at_a_time(more, undisturbed, tmp_path):
     out = copy_of(undisturbed("vicreg"), tmp_path / "run", *(["checkpoint.pt"] if more else ["config.json"]))
     before = {path: path.read_bytes() for path in out.iterdir()}
     folder = os.open(out, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
+    fcntl.flock(folder, fcntl.LOCK_SH)                                     # which a run that asked for no more would share
     code, error = run("vicreg", flags("vicreg", out, *more))
     assert code == 2 and error.splitlines()[-1].startswith("vicreg.py: argument --out: another process is writing to") and len(error.splitlines()) == 1
     assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -365,6 +375,30 @@ def test_cudas_own_messages_count_as_out_of_memory(message, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         common.command_line(main)
     assert stop.value.code == 1 and capsys.readouterr().err.startswith("vicreg.py: out of memory")
+
+
+def test_a_killed_worker_is_one_line_and_a_fault_in_the_code_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vicreg.py"])
+    for message, ends in (("DataLoader worker (pid 7) is killed by signal: Killed.", SystemExit), ("size mismatch", RuntimeError)):
+        def main():
+            raise RuntimeError(message)
+        with pytest.raises(ends):
+            common.command_line(main)
+    assert capsys.readouterr().err == "vicreg.py: DataLoader worker (pid 7) is killed by signal: Killed. What was saved is whole.\n"
+
+
+@pytest.mark.parametrize("error, code, words", [(common.RunFailed("its memory is full"), 1, "vicreg.py: its memory is full\n"), (common.Unusable("no data"), 2, "")])
+def test_every_process_says_why_it_failed_and_the_first_alone_what_is_unusable(error, code, words, monkeypatch, capsys):
+    """All find the same command line and data unusable; a failure may be of one process alone."""
+    monkeypatch.setattr(sys, "argv", ["vicreg.py"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        common.command_line(main)
+    assert (stop.value.code, capsys.readouterr().err) == (code, words)
 
 
 # ---- checkpoints from a stranger ----
@@ -649,6 +683,7 @@ FRAMES = [Image.fromarray(PIXELS[..., 0] // 2 + k) for k in (0, 100)]
 @pytest.mark.parametrize("name, image, expected", [
     ("grey16.png", encoded(Image.fromarray(GREY), "png"), (GREY / 257).round()[..., None].repeat(3, 2)),
     ("grey16.tif", encoded(Image.fromarray(GREY), "tiff"), (GREY / 257).round()[..., None].repeat(3, 2)),
+    ("grey16.pgm", b"P5 8 8 65535\n" + GREY.astype(">u2").tobytes(), (GREY / 257).round()[..., None].repeat(3, 2)),
     ("grey_alpha.png", encoded(Image.fromarray(PIXELS[..., :2], "LA"), "png"), PIXELS[..., :1].repeat(3, 2)),
     ("one_bit.png", encoded(Image.fromarray(PIXELS[..., 0] > 127), "png"), (PIXELS[..., :1] > 127).repeat(3, 2) * 255),
     ("animated.tif", encoded(FRAMES[0], "tiff", save_all=True, append_images=FRAMES[1:]), (PIXELS[..., :1] // 2).repeat(3, 2)),
@@ -694,14 +729,14 @@ STREAMED = ["--dataset", "folder", "--image-size", "8", "--data-dir"]
 @pytest.fixture
 def pictures(tmp_path):
     """64 + 16 images of noise in two classes; the folders' times are of yesterday, so that a change shows."""
-    noise = np.random.default_rng(2).integers(0, 256, (80, 12, 10, 3), dtype=np.uint8)
+    root, noise = tmp_path / "Bilder für 猫", np.random.default_rng(2).integers(0, 256, (80, 12, 10, 3), dtype=np.uint8)
     for i, image in enumerate(noise):
-        folder = tmp_path / "data" / ("train" if i < 64 else "test") / ("cat", "dog")[i % 2]
+        folder = root / ("train" if i < 64 else "test") / ("cat", "dog")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i:02}.png")
-    for folder, *_ in os.walk(tmp_path / "data"):
+    for folder, *_ in os.walk(root):
         os.utime(folder, (1e9, 1e9))
-    return tmp_path / "data"
+    return root
 
 
 class SendToAll(Send):
@@ -716,15 +751,32 @@ class SendToAll(Send):
 
 
 def test_a_streamed_run_equals_one_in_memory(pictures, tmp_path):
-    """Also where it was stopped within an epoch by a Ctrl-C, which reaches all of its processes, and goes on."""
+    """Also where it was stopped within an epoch, by a cluster's SIGTERM and a Ctrl-C, both to all of its processes, and goes on."""
     outs = [tmp_path / name for name in ("memory", "streamed", "cut")]
     argv = [flags("vicreg", out, *STREAMED, str(pictures), "--eval-every", "1", *["--stream"] * (out != outs[0])) for out in outs]
     assert run("vicreg", argv[0])[0] == run("vicreg", argv[1])[0] == 0
-    assert run("vicreg", argv[2], SendToAll(6, signal.SIGINT))[0] == 128 + signal.SIGINT
+    assert run("vicreg", argv[2], SendToAll(3, signal.SIGTERM))[0] == 128 + signal.SIGTERM
+    assert run("vicreg", [*argv[2], "--resume"], SendToAll(6, signal.SIGINT))[0] == 128 + signal.SIGINT
     assert run("vicreg", [*argv[2], "--resume"])[0] == 0
     assert "knn" in log(outs[0])[0]
     assert_equal_runs(outs[1], outs[0])
     assert_equal_runs(outs[2], outs[0])
+
+
+def test_a_killed_run_leaves_its_folder_at_once(pictures, tmp_path):
+    """Though the processes that read for it live on for some seconds."""
+    assert run("vicreg", flags("vicreg", tmp_path / "run", *STREAMED, str(pictures), "--stream"), Send(6, signal.SIGKILL))[0] == -signal.SIGKILL
+    folder = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
+
+
+def test_reading_ahead_takes_a_worker_at_least_and_draws_no_numbers(pictures, monkeypatch):
+    """Of 64 processes on this machine, say; a method's own draws are those of a run in memory."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    images, state = load_folder(pictures, "--stream").images, torch.get_rng_state()
+    assert sum(map(len, common.load_batches(images, torch.arange(64).split(16), "cpu"))) == 64
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_workers_are_forked_on_linux_and_sent_what_they_need_elsewhere(pictures, monkeypatch):
@@ -781,6 +833,7 @@ def test_a_jobs_limit_counts_as_its_memory(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(common, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert common.free_memory("cpu") == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2        # no /proc: a Mac
     put("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
     assert common.free_memory("cpu") == 8000 * 1024
     put("proc/self/cgroup", "4:memory:/elsewhere\n0::/job/step\n")
@@ -797,8 +850,9 @@ def test_a_jobs_limit_counts_as_its_memory(tmp_path, monkeypatch):
     assert common.free_memory("cuda") == 500000
 
 
-def test_a_streamed_folder_is_listed_once(pictures, monkeypatch, capsys):
-    """Its second start walks no folder; a new image, a new class and a damaged index are noticed; nothing is kept of a folder in memory."""
+def test_a_streamed_folder_is_listed_once(pictures, tmp_path, monkeypatch, capsys):
+    """Its second start walks no folder and writes nothing; new images and classes, older copies, a damaged index and a stranger's are noticed;
+    nothing is kept of a folder in memory."""
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda top, **more: (walks.append(str(top)), walk(top, **more))[1])
     def loaded(*more):
@@ -808,7 +862,8 @@ def test_a_streamed_folder_is_listed_once(pictures, monkeypatch, capsys):
     load_folder(pictures)
     assert len(list(pictures.iterdir())) == 2
     assert loaded() == (64, 16, {"train", "test"})
-    assert loaded() == (64, 16, set())
+    index = (pictures / "train-index.npz").stat().st_ino
+    assert loaded() == (64, 16, set()) and (pictures / "train-index.npz").stat().st_ino == index
     (pictures / "train" / "cat" / "new.png").write_bytes((pictures / "train" / "cat" / "00.png").read_bytes())
     assert loaded() == (65, 16, {"train"})
     assert loaded() == (65, 16, set())
@@ -820,7 +875,10 @@ def test_a_streamed_folder_is_listed_once(pictures, monkeypatch, capsys):
     (pictures / "train-index.npz").write_bytes((pictures / "train-index.npz").read_bytes()[:500])
     assert loaded() == (66, 17, {"train"})
     (pictures / "test-index.npz").write_bytes(b"")
-    np.save(open(pictures / "train-index.npz", "wb"), np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(open(pictures / "train-index.npz", "wb"), np.array([Evil(tmp_path / "marker")], dtype=object), allow_pickle=True)
+    assert loaded() == (66, 17, {"train", "test"}) and not (tmp_path / "marker").exists()
+    for part in ("train", "test"):
+        os.utime(pictures / part / "emu", (1, 1))                          # as unpacking an older archive over it leaves it
     assert loaded() == (66, 17, {"train", "test"})
     (pictures / "train" / "dog" / "loop").symlink_to("..")
     with pytest.raises(common.Unusable, match="--data-dir: .*loop"):

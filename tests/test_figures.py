@@ -73,7 +73,7 @@ def test_two_runs_are_compared(runs, tmp_path, monkeypatch):
         for axis, field in zip(axes[2:], ("effective_rank", "feature_std", "knn")):
             for level in history[0][field]:
                 shown, = (line for line in axis.lines if line.get_label() == f"{method} level {level}")
-                assert list(shown.get_ydata()) == [row[field][level] for row in history] and field.split("_")[0] in axis.get_title().replace("-NN", "nn").replace("standard", "feature")
+                assert list(shown.get_xdata()) == [1, 2] and list(shown.get_ydata()) == [row[field][level] for row in history] and field.split("_")[0] in axis.get_title().replace("-NN", "nn").replace("standard", "feature")
     styles = {axes[1].lines[0].get_linestyle(), axes[1].lines[-1].get_linestyle()}
     assert len(styles) == 2
 
@@ -92,13 +92,33 @@ def test_two_runs_are_compared(runs, tmp_path, monkeypatch):
 
 
 def test_runs_and_levels_can_be_told_apart(runs):
-    """Six runs compared, and sixteen levels of one, have as many styles of line."""
+    """Six runs compared, sixteen levels of one, and two runs' levels have as many styles of line; a run's terms and levels as many colours."""
     look = lambda line: (line.get_color(), line.get_linestyle(), line.get_marker())
     six = [dataclasses.replace(runs["sjea"], name=f"seed {k}") for k in range(6)]
     first = figures.compare(six).axes[0].lines
     assert len({look(line) for line in first}) == 6 and len({line.get_color() for line in first}) == 1
     many = dataclasses.replace(runs["sjea"], history=[{**row, "knn": {str(stack): stack / 16 for stack in range(16)}} for row in runs["sjea"].history])
     assert len({look(line) for line in figures.accuracy([many]).axes[0].lines}) == 16
+    for draw, drawn in ((figures.accuracy, 4), (figures.covariance, 4), (figures.spectrum, 4)):
+        assert len({look(line) for line in draw(six[:2]).axes[0].lines}) == drawn
+    for axis in common.draw_curves({"": runs["sjea"].history}).axes[1:]:
+        assert len({line.get_color() for line in axis.lines}) == len(axis.lines) > 1
+
+
+def test_accuracy_is_drawn_where_it_was_measured(runs):
+    """As of --eval-every 2."""
+    history = [{name: value for name, value in row.items() if name != "knn" or row["epoch"] == 2} for row in runs["sjea"].history]
+    drawn = lines(figures.accuracy([dataclasses.replace(runs["sjea"], history=history)]))
+    assert drawn == {f"sjea: level {stack}": ([2], [100 * history[1]["knn"][stack]]) for stack in ("0", "1")}
+
+
+@pytest.mark.parametrize("name, value", [("dataset", "stl10"), ("data_dir", "elsewhere"), ("image_size", 40), ("holdout", True)])
+def test_runs_share_images_where_all_about_them_is_the_same(runs, name, value):
+    run, options = runs["sjea"], figures.arguments(["-", "--images", "60"])
+    assert figures.load_run(run.path, options, shared=run).images is run.images
+    other = dataclasses.replace(run, args=copy.copy(run.args))
+    setattr(other.args, name, value)
+    assert figures.load_run(run.path, options, shared=other).images is not run.images
 
 
 def test_every_checkpoint_is_read_before_the_data(runs, tmp_path, monkeypatch):
@@ -109,9 +129,11 @@ def test_every_checkpoint_is_read_before_the_data(runs, tmp_path, monkeypatch):
 
 def test_spectrum_is_that_of_the_covariance(runs):
     drawn = lines(figures.spectrum([runs["sjea"]]))
+    assert figures.spectrum([runs["sjea"]]).axes[0].get_yscale() == "log"
     for level, z in runs["sjea"].features.items():
         expected = np.linalg.svd(z.double().numpy() - z.double().numpy().mean(0), compute_uv=False) ** 2
         label = next(label for label in drawn if f"level {level}," in label)
+        assert drawn[label][0] == list(range(1, 60))
         assert drawn[label][1] == pytest.approx(list(expected / (len(z) - 1))[:59], rel=1e-3, abs=1e-5)      # 60 images span 59 directions of 64
         spread = expected / (len(z) - 1)
         shares = np.append(spread, 1) / (spread.sum() + 1)
@@ -156,6 +178,7 @@ def test_tsne_has_its_legend_beside_square_maps(runs, classes):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(c) for c in range(classes)]
     assert figure.bbox.y0 <= legend.y0 and legend.y1 <= figure.bbox.y1 and legend.x1 <= figure.bbox.x1
     for axis in figure.axes:
+        assert len({(tuple(scatter.get_facecolor()[0]), scatter.get_paths()[0].vertices.tobytes()) for scatter in axis.collections}) == classes
         assert axis.bbox.x1 <= legend.x0 and axis.bbox.width == pytest.approx(axis.bbox.height, rel=0.15)
 
 
@@ -286,7 +309,13 @@ def test_masks_show_context_and_targets(runs):
         same, grey = (abs(shown - image) < 1e-6).all(2), (shown == 0.85).all(2)
         assert (same | grey).all() and 0.1 < same.mean() < 0.6
         assert len(axis.collections) == count
-    _, targets = __import__("ijepa").draw_masks(run.args, 32, torch.Generator().manual_seed(0))        # the first row is of the run's own strategy
+    context, targets = __import__("ijepa").draw_masks(run.args, 32, torch.Generator().manual_seed(0))  # the first row is of the run's own strategy
+    for axis, image, chosen in zip(figure.axes[:6], run.images, context):
+        inside = np.zeros(64, bool)
+        inside[chosen] = True
+        pixels = inside.reshape(8, 8).repeat(4, 0).repeat(4, 1)[..., None]
+        assert np.allclose(axis.images[0].get_array(), np.where(pixels, figures.picture(image), 0.85))
+        assert axis.get_xlim() == (-1, 32) and axis.get_ylim() == (32, -1) # the first row of pixels is on top
     for outline, block in zip(figure.axes[0].collections, targets[0]):
         rows, columns = np.divmod(block.numpy(), 8)
         box = outline.get_paths()[0].get_extents()
@@ -302,6 +331,12 @@ def test_predictions_are_patches_of_other_images(runs):
         s_hat, _ = run.model(common.normalise(run.images[:6].float() / 255), context, targets)
         s = run.model.target_encoder(common.normalise(run.images[6:].float() / 255))
         s = torch.nn.functional.layer_norm(s, s.shape[-1:])
+    assert [axis.get_ylabel() for axis in figure.axes[::6]] == ["context", "+ predictions", "image"]
+    for axis, image, seen in zip(figure.axes, run.images, context):        # the first row, and below it the third
+        whole = np.array(figure.axes[figure.axes.index(axis) + 12].images[0].get_array())
+        assert np.allclose(whole, figures.picture(image))
+        inside = np.isin(np.arange(64), seen).reshape(8, 8).repeat(4, 0).repeat(4, 1)[..., None]
+        assert np.allclose(axis.images[0].get_array(), np.where(inside, whole, 217 / 255))
     shown = np.array(figure.axes[6].images[0].get_array())                 # image 0, second row
     j = targets[0, 3, 5].item()                                            # the last block is never drawn over
     distances = [[(s_hat[0, 3, 5] - s[n, m]).norm().item() for m in range(64)] for n in range(len(s))]
@@ -345,6 +380,16 @@ def test_the_page_holds_images_labels_and_neighbours(runs):
         for c in range(10):
             chosen = (run.labels["shape"] == c).nonzero()[:, 0]
             assert np.allclose(np.array(data["levels"][level]["inside"])[chosen, :2], figures.embed(z[chosen]), atol=1e-4)
+
+
+def test_the_page_shows_a_thousand_images_at_most(runs, monkeypatch):
+    """Everything in it is of the same thousand."""
+    images, labels = common.make_shapes(1003, 8, 2)
+    many = dataclasses.replace(runs["sjea"], images=images, labels=labels, features={"0": torch.randn(1003, 4, generator=torch.Generator().manual_seed(0))})
+    monkeypatch.setattr(figures, "embed", lambda features: np.zeros((len(features), 2)))
+    data = page_data(many)
+    assert data["labels"] == {name: y[:1000].tolist() for name, y in labels.items()}
+    assert [len(data["levels"]["0"][name]) for name in ("all", "inside", "nearest")] == [1000] * 3 and np.max(data["levels"]["0"]["nearest"]) < 1000
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

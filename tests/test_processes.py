@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,17 +151,18 @@ def interrupted(method, argv, last=6):
 
 
 def interrupted_and_slow(method, argv):
-    """As interrupted(), by a clock on which every step takes 5 s and more."""
-    clock = time.perf_counter
-    time.perf_counter = lambda: 1e5 * clock()
+    """As interrupted(), by a clock on which every step takes 4 s."""
+    steps, train_step = [], common.draw_batches
+    common.draw_batches = lambda *given: (steps.append(index) or index for index in train_step(*given))
+    time.perf_counter = lambda: 4.0 * len(steps)
     interrupted(method, argv)
 
 
 def test_slow_steps_end_soon_after_a_signal(tmp_path):
-    """Within the 30 s after which torchrun kills: at the next step, not at the 20th or the epoch's last, the 32nd."""
+    """Within the 30 s after which torchrun kills: at the next step but one at the latest, not at the 20th or the epoch's last, the 32nd."""
     out = tmp_path / "run"
     assert run(interrupted_and_slow, 2, "vicreg", small("vicreg", "--batch-size", "4", "--epochs", "1", "--out", str(out))) == [143, 143]
-    assert common.load_checkpoint(out / "checkpoint.pt")["step"] == 7
+    assert common.load_checkpoint(out / "checkpoint.pt")["step"] in (7, 8)
 
 
 SIGNALLED = """
@@ -324,6 +326,14 @@ def test_a_checkpoint_is_read_by_the_first_process_alone(tiny_run, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")))
 
 
+def test_nine_images_are_shared_by_four(monkeypatch):
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(common, "process", lambda: (rank, 4))
+        shares.append(common.share(torch.arange(9)).tolist())
+    assert shares == [[0, 1, 2], [3, 4], [5, 6], [7, 8]]
+
+
 @pytest.mark.parametrize("rank", ("0", "1"))
 def test_more_processes_than_gpus_are_refused(rank, monkeypatch):
     """By each of them: the first alone is heard."""
@@ -353,20 +363,22 @@ def test_a_rank_without_torchrun_is_refused(rank, tmp_path, monkeypatch):
 
 
 def test_a_judge_on_the_cpu_joins_by_gloo_where_there_is_a_gpu(tiny_run, monkeypatch):
-    path, joined = tiny_run("vicreg", "--epochs", "1") / "checkpoint.pt", []
+    path, joined, waits = tiny_run("vicreg", "--epochs", "1") / "checkpoint.pt", [], []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     for module, name, value in ((torch.cuda, "is_available", lambda: True), (torch.cuda, "device_count", lambda: 1), (torch.cuda, "set_device", lambda rank: None),
-                                (torch.cuda, "is_bf16_supported", lambda **options: False), (common.dist, "init_process_group", lambda backend, **_: joined.append(backend)),
+                                (torch.cuda, "is_bf16_supported", lambda **options: False), (common.dist, "init_process_group", lambda backend, timeout: (joined.append(backend), waits.append(timeout))),
                                 (common.dist, "is_initialized", lambda: bool(joined)), (common.dist, "get_rank", lambda: 0),
                                 (common.dist, "get_world_size", lambda: 1), (common.dist, "broadcast_object_list", lambda box: None)):
         monkeypatch.setattr(module, name, value)
     eval_linear.load(path, "cpu")
-    assert joined == ["gloo"]
+    assert joined == ["gloo"] and waits == [timedelta(hours=2)]            # one process may download while the others wait
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    assert run(script, 3, "vicreg", small("vicreg", "--batch-size", "32", "--out", str(tmp_path / "run"))) == [2, 2, 2]
+@pytest.mark.parametrize("world, batch", [(3, "32"), (4, "4")])
+def test_a_batch_that_cannot_be_shared_is_refused(world, batch, tmp_path):
+    """In equal parts, of two images or more each."""
+    assert run(script, world, "vicreg", small("vicreg", "--batch-size", batch, "--out", str(tmp_path / "run"))) == [2] * world
     assert not (tmp_path / "run").exists()
 
 

@@ -234,7 +234,7 @@ def test_a_finished_run_says_that_it_is_and_a_script_that_was_changed_is_named(t
     assert (out / "vicreg-as-run.py").read_text() == "loss = 0\n"
 
 
-@pytest.mark.parametrize("minutes, saves", [("1", 8), ("10", 2)])
+@pytest.mark.parametrize("minutes, saves", [("1", 8), ("2", 4), ("10", 2)])
 def test_checkpoints_come_by_the_minute(minutes, saves, tiny_run, monkeypatch):
     """Of eight steps in two epochs, each of which takes 61 s by this clock."""
     write, clock, saved = common.write, [0.0], []
