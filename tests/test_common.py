@@ -615,11 +615,11 @@ def test_folder_reads_every_kind_of_file(tmp_path, test_name):
 
 
 def test_folder_prefers_test_to_val(tmp_path):
-    """Also where other files lie beside its classes."""
+    """Also where another file lies beside its classes."""
     for part, value in (("train", 0), ("test", 1), ("val", 2)):
         for i in range(2):
             save(tmp_path / part / "cat", f"{i}.png", Image.new("RGB", (8, 8), (value,) * 3))
-        (tmp_path / part / "labels.txt").write_text("cat")
+    (tmp_path / "test" / "labels.txt").write_text("cat")
     assert common.load_dataset(arguments("folder", tmp_path, 8)).test_images.unique().tolist() == [1]
 
 

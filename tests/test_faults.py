@@ -751,12 +751,11 @@ class SendToAll(Send):
 
 
 def test_a_streamed_run_equals_one_in_memory(pictures, tmp_path):
-    """Also where it was stopped within an epoch, by a cluster's SIGTERM and a Ctrl-C, both to all of its processes, and goes on."""
+    """Also where it was stopped within an epoch by a Ctrl-C, which reaches all of its processes, and goes on."""
     outs = [tmp_path / name for name in ("memory", "streamed", "cut")]
     argv = [flags("vicreg", out, *STREAMED, str(pictures), "--eval-every", "1", *["--stream"] * (out != outs[0])) for out in outs]
     assert run("vicreg", argv[0])[0] == run("vicreg", argv[1])[0] == 0
-    assert run("vicreg", argv[2], SendToAll(3, signal.SIGTERM))[0] == 128 + signal.SIGTERM
-    assert run("vicreg", [*argv[2], "--resume"], SendToAll(6, signal.SIGINT))[0] == 128 + signal.SIGINT
+    assert run("vicreg", argv[2], SendToAll(6, signal.SIGINT))[0] == 128 + signal.SIGINT
     assert run("vicreg", [*argv[2], "--resume"])[0] == 0
     assert "knn" in log(outs[0])[0]
     assert_equal_runs(outs[1], outs[0])
