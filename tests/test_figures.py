@@ -395,14 +395,19 @@ def test_the_page_shows_a_thousand_images_at_most(runs, monkeypatch):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def browse(page, address):
+    """The page's document after its scripts, at file://page + address."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 @pytest.mark.parametrize("address, chosen, only", [("#class=all&image=43", 43, False), ("#class=2", None, True), ("#class=99&image=900", None, False)])
 def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
     """Without a network: a chosen image shows its labels and neighbours at each level, a chosen class its clusters; one that is not there, nothing."""
     run, page = runs["sjea"], tmp_path / "index.html"
     page.write_text(figures.explorer(run))
-    command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    dom = browse(page, address)
     assert "sjea: sjea on shapes</h1>" in dom and dom.count("<canvas") == 2
     assert ('id="hint">coloured by its 4 k-means clusters' in dom) == only
     data = page_data(run)
@@ -413,3 +418,36 @@ def test_the_page_in_a_browser(runs, tmp_path, address, chosen, only):
             assert f'data-nearest="{" ".join(map(str, level["nearest"][chosen]))}"' in dom
     else:
         assert 'id="labels"' not in dom
+
+
+VISIT = """<script>{
+const canvas = document.getElementById("map 1"), box = canvas.getBoundingClientRect(), dots = POINTS, seen = {};
+const pixels = canvas.getContext("2d").getImageData(0, 0, 460, 460).data;
+seen.drawn = dots.map(([x, y]) => pixels[4 * (460 * Math.round(y) + Math.round(x)) + 3] > 0);
+seen.area = pixels.filter((value, i) => i % 4 === 3 && value > 0).length;
+const mouse = (type, i) => canvas.dispatchEvent(new MouseEvent(type, {clientX: box.left + dots[i][0] + 1, clientY: box.top + dots[i][1] + 1}));
+const image = () => document.getElementById("labels").textContent.split(":")[0];
+mouse("mousemove", TARGET); seen.hovered = image(); seen.before = location.hash;
+mouse("click", TARGET); seen.after = location.hash;
+mouse("mousemove", OTHER); seen.kept = image();
+seen.sheet = document.querySelector(".tile").style.backgroundSize;
+document.body.innerHTML = JSON.stringify(seen);
+}</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_a_visitor_hovers_and_clicks(runs, tmp_path):
+    """Points lie where the maps have them, those of a chosen class alone; the mouse finds the image below it, a click keeps it, in the address, too."""
+    run, page = runs["sjea"], tmp_path / "index.html"
+    y, level = run.labels["shape"].tolist(), page_data(run)["levels"]["1"]
+    for address, which, shown in (("#class=all", "all", list(range(60))), (f"#class={y[23]}", "inside", [i for i in range(60) if y[i] == y[23]])):
+        dots = [[10 + 440 * level[which][i][0], 10 + 440 * (1 - level[which][i][1])] for i in shown]            # 460 px, margins of 10
+        apart = np.linalg.norm(np.array(dots)[:, None] - dots, axis=2) + 1e3 * np.eye(len(dots))
+        target, other = apart.min(1).argsort()[-2:].tolist()               # no other point near them
+        script = VISIT.replace("POINTS", json.dumps(dots)).replace("TARGET", str(target)).replace("OTHER", str(other))
+        page.write_text(figures.explorer(run).replace("</html>", script))
+        seen = json.loads(re.search(r"<body>(\{.*\})", browse(page, address)).group(1).replace("&amp;", "&"))
+        assert all(seen["drawn"]) and 10 * len(shown) < seen["area"] < 50 * len(shown)                       # discs with a radius of 3
+        assert seen["hovered"] == seen["kept"] == f"image {shown[target]}"
+        assert seen["before"] == address and seen["after"] == f"{address}&image={shown[target]}"
+        assert seen["sheet"].split()[0] == "2560px"                        # 40 columns of 32 px, twice as large
