@@ -288,7 +288,7 @@ def settle_ema(args, steps):
     """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
     ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 are best in a run of minutes, but
     ## spoil the features of a run of 50,000 steps from the 12,000th on (results/README.md). So in runs of over 12,500
-    ## steps they are at first a 125th of the run, and m ends at 1, as published.
+    ## steps they are at first a 125th of the run, and m ends at 1, as published: enough for 25,000, not for 50,000.
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
