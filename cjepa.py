@@ -13,7 +13,7 @@ the target encoder makes of the blocks, at B_i:
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
     L = 1/M  sum_i  sum_{j in B_i} ||s_hat_j - s_yj||_2^2      the loss; the inner sum is the paper's D (here smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle_ema)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle)
 
 In tensor shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i
 are sets of indices. Up to here this is ijepa.py's, whose docstring says how it differs from I-JEPA's paper. C-JEPA's
@@ -293,7 +293,7 @@ def arguments(argv=None):
     add("--predictor-width", type=number(int, 4), help="features of the predictor's tokens (default: half the encoder's, at most 384)")
     add("--predictor-depth", type=number(int, 1, 64), default=3, help="the predictor's blocks (--recipe paper: 6; large, huge: 12)")
     add("--masking", choices=("multiblock", "rasterized", "block", "random"), default="multiblock", help="which patches are context, which targets")
-    add("--num-targets", type=number(int, 1), default=2, help="M: target blocks of multiblock (the paper: 4, 2 is 32 points worse; here, in short runs, 2 was better)")
+    add("--num-targets", type=number(int, 1), help="M: target blocks of multiblock (default: 2; 4, the paper's, in runs of over 12,500 steps)")
     scale = dict(type=number(float, 0, 1), nargs=2, metavar=("LOW", "HIGH"))
     add("--target-scale", **scale, default=[0.15, 0.2], help="of multiblock: share of the image in a target block")
     add("--context-scale", **scale, default=[0.85, 1.0], help="of multiblock: share of the image in the context square")
@@ -348,21 +348,25 @@ def check_grid(args):
             raise common.Unusable(f"argument {flag}: a {grid} has no block with {scale[0]} to {scale[1]} of them "
                                   f"and an aspect ratio of {aspect[0]} to {aspect[1]}; use a smaller --patch-size "
                                   "or a wider range")
-    M = args.num_targets
+    M = args.num_targets or 2                                            # `settle` may make it 4, and checks again
     if args.masking == "multiblock" and M * max(area["--target-scale"]) >= min(area["--context-scale"]):
         raise common.Unusable(f"argument --num-targets: {M} blocks of --target-scale {args.target_scale[1]} "
                               "can cover the whole context")
 
 
-def settle_ema(args, steps):
-    """m at both ends of a run of `steps`, where no flag sets it. Raises Unusable where m would fall."""
-    ## The target averages the context encoder over some 1 / (1 - m) steps. 100 to 200 are best in a run of minutes, but
-    ## spoil the features of a run of 50,000 steps from the 12,000th on (results/README.md). So in runs of over 12,500
-    ## steps they are at first a 125th of the run, and m ends at 1, as published: enough for 25,000, not for 50,000.
+def settle(args, steps):
+    """M, and m at both ends of a run of `steps`, where no flag sets them. Raises Unusable where they do not fit."""
+    ## A run of minutes learns most from an easy task, two blocks, and a fast target, which averages the context encoder
+    ## over some 1 / (1 - m) = 100 to 200 steps. In a long run such features get worse again, from the 12,000th step or
+    ## so on, while the loss falls (results/README.md). So above 12,500 steps M is the paper's, the target averages at
+    ## first over a 125th of the run, and m ends at 1, as published.
+    short = steps <= 12_500
+    args.num_targets = args.num_targets or (2 if short else 4)
+    check_grid(args)
     if args.ema is None:
         args.ema = 1 - 125 / max(12_500, steps)
     if args.ema_end is None:
-        args.ema_end = 1.0 if steps > 12_500 else (1 + args.ema) / 2
+        args.ema_end = (1 + args.ema) / 2 if short else 1.0
     if args.ema_end < args.ema:
         raise common.Unusable(f"argument --ema-end: {args.ema_end} is less than --ema, {args.ema}; m must not fall")
 
@@ -372,7 +376,7 @@ def settle_ema(args, steps):
 def main(argv=None):
     args = arguments(argv)
     data = common.load_dataset(args)
-    settle_ema(args, args.epochs * (len(data.images) // args.batch_size))
+    settle(args, args.epochs * (len(data.images) // args.batch_size))
     torch.manual_seed(args.seed)
     model = JEPA(args)
     features = common.train(args, model, training_step, data, update_target)     # the loop: backward, step, EMA, log

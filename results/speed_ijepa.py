@@ -47,7 +47,7 @@ class Ours:
     def __init__(self, options, precision, masks=None):
         self.args = ijepa.arguments(["--optimizer", "adamw", "--vit", "tiny", "--num-targets", "4", "--predictor-depth", "6", "--predictor-width", "96", "--precision", precision,
                                      "--image-size", str(options.image_size), "--patch-size", str(options.patch_size)])
-        ijepa.settle_ema(self.args, STEPS_OF_RUN)
+        ijepa.settle(self.args, STEPS_OF_RUN)
         self.model, self.collate = ijepa.JEPA(self.args).train(), masks
         self.optimizer = common.make_optimizer(self.model, self.args)
         self.generator, self.view, self.steps = torch.Generator().manual_seed(0), common.View((0.3, 1.0), p_flip=0.0, p_jitter=0.0, p_grey=0.0), 0

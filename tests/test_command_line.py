@@ -211,7 +211,7 @@ def test_flags_of_the_command_line_change_the_defaults_of_others(script, flags, 
 
 RESNET = dict(arch="resnet18", width=16, projector=[256, 256, 256], lambda_=25, mu=25, nu=8, augmentation="sjea", crop_min=0.8, lr=0.06, weight_decay=1e-4,
               epochs=2, batch_size=64, warmup_epochs=0.5, eval_every=1)
-VIT = dict(vit="micro", patch_size=4, predictor_width=48, predictor_depth=3, num_targets=2, masking="multiblock", target="features", loss="smooth_l1", crop_min=0.8,
+VIT = dict(vit="micro", patch_size=4, predictor_width=48, predictor_depth=3, masking="multiblock", target="features", loss="smooth_l1", crop_min=0.8,
            lr=0.032, weight_decay=0.04, weight_decay_end=0.04, epochs=3, batch_size=32, warmup_epochs=0.5, eval_every=3)
 
 

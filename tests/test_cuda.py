@@ -53,7 +53,7 @@ def test_a_step_on_fake_cuda_tensors(method, flags, monkeypatch):
                 p.grad = torch.empty_like(p) if p.requires_grad else None  # a backward pass needs a GPU
             optimizer.step()
         if "jepa" in method:
-            script.settle_ema(args, 20)
+            script.settle(args, 20)
             script.update_target(model, args, 0.5)
         features = model.representations(common.normalise(images.float() / 255))
         assert {x.device.type for x in (loss, *terms.values(), *embeddings.values(), *features.values())} == {"cuda"}

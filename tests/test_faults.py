@@ -442,7 +442,7 @@ def loads(path, method):
     script = importlib.import_module(method)
     args = script.arguments(flags(method, path.parent, "--resume"))
     if "jepa" in method:
-        script.settle_ema(args, 24)
+        script.settle(args, 24)
     model = eval_linear.untrained(args)
     try:
         common.restore(args, model, common.make_optimizer(model, args), 8 * args.batch_size)

@@ -14,7 +14,7 @@ import cjepa
 import common
 import ijepa
 
-SMALL = ["--precision", "fp32", "--device", "cpu", "--predictor-width", "24", "--predictor-depth", "3"]
+SMALL = ["--precision", "fp32", "--device", "cpu", "--num-targets", "2", "--predictor-width", "24", "--predictor-depth", "3"]
 
 
 def rectangle(indices, grid):
@@ -385,13 +385,13 @@ def test_attention_equals_its_definition_token_by_token(N, gradient):
 
 
 @pytest.mark.parametrize("method", ["ijepa", "cjepa"])
-def test_a_run_settles_its_momentum(method, tiny_run, monkeypatch):
+def test_a_run_settles_its_blocks_and_momentum(method, tiny_run, monkeypatch):
     """By its steps: 3 epochs of 128 images, 32 at a time, played as 20,000 steps each."""
     script, settled = __import__(method), []
-    settle = script.settle_ema
-    monkeypatch.setattr(script, "settle_ema", lambda args, steps: settled.append(steps) or settle(args, steps * 20_000 // 4))
+    settle = script.settle
+    monkeypatch.setattr(script, "settle", lambda args, steps: settled.append(steps) or settle(args, steps * 20_000 // 4))
     config = json.loads((tiny_run(method, "--epochs", "3") / "config.json").read_text())
-    assert settled == [12] and (config["ema"], config["ema_end"]) == pytest.approx((1 - 125 / 60_000, 1))
+    assert settled == [12] and (config["num_targets"], config["ema"], config["ema_end"]) == pytest.approx((4, 1 - 125 / 60_000, 1))
 
 
 def test_training_is_a_plain_loop(tiny_run, monkeypatch):
@@ -400,7 +400,7 @@ def test_training_is_a_plain_loop(tiny_run, monkeypatch):
     monkeypatch.setattr(ijepa, "training_step", lambda model, x, args, generator: seen.append((x.clone(), generator.initial_seed())) or step(model, x, args, generator))
     flags = ["--epochs", "3", "--optimizer", "adamw", "--lr", "0.02", "--warmup-epochs", "1", "--weight-decay", "0.1", "--weight-decay-end", "0.9", "--ema", "0.5", "--ema-end", "1"]
     out = tiny_run("ijepa", *flags)
-    args = ijepa.arguments(["--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--predictor-width", "12", "--predictor-depth", "1", *flags])
+    args = ijepa.arguments(["--batch-size", "32", "--precision", "fp32", "--device", "cpu", "--num-targets", "2", "--predictor-width", "12", "--predictor-depth", "1", *flags])
     images, number = common.make_shapes(128, 32, 1)[0], lambda x: [image.numpy().tobytes() for image in x]
     orders = [[number(images).index(image) for x, _ in seen[4 * e:4 * e + 4] for image in number(x)] for e in range(3)]
     assert all(sorted(order) == list(range(128)) for order in orders) and len({*map(tuple, orders), tuple(range(128))}) == 4
@@ -475,8 +475,21 @@ def test_recipes(method):
     ("--ema 0.5 --ema-end 0.5", 12, (0.5, 0.5)), ("--recipe paper", 375_000, (0.996, 1))])
 def test_the_momentum_of_a_long_run_is_higher(flags, steps, momentum):
     args = ijepa.arguments(flags.split())
-    ijepa.settle_ema(args, steps)
+    ijepa.settle(args, steps)
     assert (args.ema, args.ema_end) == pytest.approx(momentum, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ijepa", "cjepa"])
+def test_a_long_run_has_the_papers_four_blocks(method):
+    script = __import__(method)
+    for flags, steps, M in (("", 12_500, 2), ("", 12_501, 4), ("--num-targets 3", 12_500, 3), ("--num-targets 3", 50_000, 3), ("--recipe paper", 12, 4)):
+        args = script.arguments(flags.split())
+        script.settle(args, steps)
+        assert args.num_targets == M
+    large = ["--target-scale", "0.3", "0.35"]                             # two of these leave a context, four do not
+    script.settle(script.arguments(large), 12_500)
+    with pytest.raises(common.Unusable, match="--num-targets: 4 blocks of --target-scale 0.35"):
+        script.settle(script.arguments(large), 12_501)
 
 
 def test_judging_takes_no_memory_but_the_features():
@@ -487,7 +500,7 @@ import resource, torch, common, ijepa
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 torch.set_num_threads(1)
 common.keep_memory()
-args = ijepa.arguments(["--precision", "fp32", "--device", "cpu"])
+args = ijepa.arguments(["--precision", "fp32", "--device", "cpu", "--num-targets", "2"])
 model, images = ijepa.JEPA(args), torch.zeros(4000, 3, 32, 32, dtype=torch.uint8)
 for _ in range(20):
     ijepa.training_step(model, images[:32], args, torch.Generator().manual_seed(0))[0].backward()

@@ -48,7 +48,7 @@ def run(task, world, *arguments):
 
 
 def small(method, *more):
-    sizes = ["--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "8", "--projector", "16-16"]
+    sizes = ["--num-targets", "2", "--predictor-width", "12", "--predictor-depth", "1"] if "jepa" in method else ["--width", "8", "--projector", "16-16"]
     return ["--precision", "fp32", "--device", "cpu", *sizes, *METHODS[method], *more]
 
 
