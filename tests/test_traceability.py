@@ -100,7 +100,7 @@ def test_readmes_sed_gives_the_target_its_gradient(script, tmp_path):
         spec = importlib.util.spec_from_file_location("edited", path)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         model = module.JEPA(module.arguments([]))
-        context, targets = module.draw_masks(module.arguments([]), 2, torch.Generator())
+        context, targets = module.draw_masks(module.arguments(["--num-targets", "2"]), 2, torch.Generator())
         assert model(torch.randn(2, 3, 32, 32), context, targets)[1].requires_grad == flows
 
 
