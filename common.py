@@ -1306,7 +1306,7 @@ def report(history, epochs, tested):
         low = [score < best - fall for score, best in zip(scores, itertools.accumulate(scores, max))]
         if low[-1] and not any(low[:-1]):          # neither the loss nor the rank says so
             tqdm.write(f"warning: level {level} gets worse: its k-NN accuracy was {100 * max(scores):.1f} % and is {100 * scores[-1]:.1f} %. "
-                       "Try fewer --epochs, a lower --lr or, where the method has one, a slower target encoder.", file=sys.stderr)
+                       "Try fewer --epochs, a lower --lr or, where the method has them, more target blocks or a slower target encoder.", file=sys.stderr)
 
 
 def peak_memory_mb(device):
