@@ -32,8 +32,9 @@ This script was written from a review of the paper (where it describes a figure 
 encoders); it has neither this formula nor the coefficients, which are the paper's as others quote them, and does not
 say what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image has one crop; its
 views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the
-means of different blocks together. --views target: mean prediction, mean target. In the code Z and Z' are z_i and
-z_j, two of the M slices of z [n, M, D].
+means of different blocks together. By a reimplementer's account the paper's Algorithm 1 does so, too, but through a
+projection. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of
+z [n, M, D].
 """
 import copy
 import itertools
