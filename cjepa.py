@@ -6,14 +6,14 @@ Mo, Tong 2024, https://arxiv.org/abs/2410.19560
     python cjepa.py --ema 0 --beta-vicreg 0 --out runs/neither      # neither EMA nor VICReg
 
 An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large
-square that lie in none of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what
-the target encoder makes of the blocks, at B_i:
+square that lie in none of M hidden blocks, the targets. From the features of x, at the indices B_x, a predictor
+computes what the target encoder makes of the blocks, at B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
     L = 1/M  sum_i  sum_{j in B_i} ||s_hat_j - s_yj||_2^2      the loss; the inner sum is the paper's D (here smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: see settle)
 
 In tensor shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i
 are sets of indices. Up to here this is ijepa.py's, whose docstring says how it differs from I-JEPA's paper. C-JEPA's
@@ -29,12 +29,12 @@ no negative pairs). Without an EMA and with AdamW a beta_vicreg of 0.001 does no
 network's on CIFAR-10, 0.1 does (README, question 16).
 
 This script was written from a review of the paper (where it describes a figure of I-JEPA, it swaps the two
-encoders); it has neither this formula nor the coefficients, which are the paper's as others quote them, and does not
-say what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image has one crop; its
-views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s draws the
-means of different blocks together. By a reimplementer's account the paper's Algorithm 1 does so, too, but through a
-projection. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M slices of
-z [n, M, D].
+encoders); it has neither this formula nor the coefficients' values, which are the paper's as others quote them, and
+does not say what the "augmented views" are whose means are Z and Z'. Our choice (others: README): an image has one
+crop; its views are the M predictions, one per block, and the terms are averaged over all pairs of blocks, so that s
+draws the means of different blocks together. By a reimplementer's account the paper's Algorithm 1 does so, too, but
+through a projection. --views target: mean prediction, mean target. In the code Z and Z' are z_i and z_j, two of the M
+slices of z [n, M, D].
 """
 import copy
 import itertools
@@ -50,7 +50,7 @@ from common import View, take
 # ---- loss terms -----------------------------------------------------------------------------
 
 def invariance(z_1, z_2):
-    """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
+    """s(Z, Z') of VICReg Eq. (5), divided by d as in its authors' code: the mean squared difference.
 
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
@@ -93,7 +93,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean, not the papers' sum: in the authors' code mu = 25 weighs the mean.
+        ## The mean, not the papers' sum: in VICReg's authors' code mu = 25 weighs the mean.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -147,7 +147,7 @@ def first_true(mask):
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    All blocks of a batch share one size, all squares one; places differ. Indices count patches row by row.
+    All blocks of a batch share one size, all squares another; places differ. Indices count patches row by row.
     """
     sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
     targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]
@@ -256,7 +256,7 @@ def training_step(model, images, args, generator):
     if args.views == "blocks":
         pairs = list(itertools.combinations(z.unbind(1), 2))              # (Z, Z'), each [n, D]
     else:
-        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]  # v(Z') and c(Z') are constants
+        pairs = [(z.mean(1), common.gather(take(s_y, targets).mean((1, 2))))]  # no gradient through Z'
     ## With --views blocks the M predictions of an image are its views, which no one had to design. s makes their means
     ## agree, v keeps those of different images apart, c keeps dimensions from saying the same.
     losses, parts = zip(*(vicreg_loss(z_i, z_j, args.beta_sim, args.beta_std, args.beta_cov) for z_i, z_j in pairs))

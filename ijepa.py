@@ -6,28 +6,28 @@ Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun, Ballas 2023, https://a
     python ijepa.py --dataset stl10 --vit small --patch-size 8 --epochs 100
 
 An image y is cut into N patches. A target encoder sees all of them, a context encoder only x: those of one large
-square that lie in none of M hidden blocks. From the features of x, at the indices B_x, a predictor computes what
-the target encoder makes of the blocks, at B_i:
+square that lie in none of M hidden blocks, the targets. From the features of x, at the indices B_x, a predictor
+computes what the target encoder makes of the blocks, at B_i:
 
     s_y = target encoder(y)                       features of all patches [B, N, D], layer-normed, no gradient
     s_x = context encoder(y at B_x)               features of the context's patches [B, Nc, D]
     s_hat(i) = predictor(s_x, where B_i lies)     features of one block's Nt patches [B, Nt, D], each i by itself
     L = 1/M  sum_i  sum_{j in B_i} ||s_hat_j - s_yj||_2^2      the loss; the inner sum is the paper's D (here smooth-L1)
-    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: settle)
+    target encoder <- m target encoder + (1 - m) context encoder    the EMA, m from 0.996 to 1 (here: see settle)
 
 The paper's f_theta-bar, f_theta, g_phi and ŝ_y are the target encoder, the context encoder, the predictor and
 s_hat; its mask tokens m_j are `asked` in Predictor, m here is the momentum alone. A JEPA's z, what the predictor is
 told beside s_x, is where B_i lies; z in the code is not that but the mean prediction of each block, for the log.
-In tensor shapes B is the number of images and D that of features (of pixels: 3 p p, p the side of a patch); B_x and
-B_i are sets of indices.
+In tensor shapes B is the number of images, D that of features (of pixels: 3 p p, p the side of a patch); B_x and B_i
+are sets of indices.
 
-Where this script differs from the paper: three things are as in the authors' code (facebookresearch/ijepa). s_y is
-layer-normed; crops without flips are the only augmentation; D is smooth-L1, averaged over everything, with --recipe
-paper, too (--loss l2: the paper's sum). A block's size is drawn from the whole-patch rectangles within the published
-ranges, one as wide or high as the image only where no other fits: so the context square is the whole image up to
-12 x 12 patches, one patch narrower up to 25 x 25. The authors' code takes a block's area and shape from one random
-number and rounds, so that it may leave the ranges, and never reaches the grid's last row and column. Weights are
-Xavier's, the last layers of each block scaled down with its depth; the authors' code's standard deviation of 0.02
+Where this script differs from the paper: as in the authors' code (facebookresearch/ijepa), s_y is layer-normed,
+crops without flips are the only augmentation, and the distance D is smooth-L1, averaged over everything, with
+--recipe paper, too (--loss l2: the paper's sum). A block's size is drawn from the whole-patch rectangles within the
+published ranges, one as wide or high as the image only where no other fits: so the context square is the whole image
+up to 12 x 12 patches, one patch narrower up to 25 x 25. The authors' code takes a block's area and shape from one
+random number and rounds, so that it may leave the ranges, and never reaches the grid's last row and column. Weights
+are Xavier's, the last layers of each block scaled down with its depth; the authors' code's standard deviation of 0.02
 is too small for small networks. --recipe paper sets the published numbers (PAPER, below), with a warm-up from near
 0 instead of 1e-4, and weight decay growing by the authors' code's cosine, not linearly; its contexts are cut to the
 smallest of the whole batch, not of one GPU's part of it, and so are smaller. The defaults, such as Muon and, in
@@ -92,7 +92,7 @@ def first_true(mask):
 def multiblock_masks(batch_size, grid_size, generator=None, M=4, target_scale=(0.15, 0.2), context_scale=(0.85, 1.0)):
     """The paper's masks: (context [B, Nc], targets [B, M, Nt]), M blocks and what they leave of one large square.
 
-    All blocks of a batch share one size, all squares one; places differ. Indices count patches row by row.
+    All blocks of a batch share one size, all squares another; places differ. Indices count patches row by row.
     """
     sizes, squares = block_sizes(grid_size, target_scale, ASPECT), block_sizes(grid_size, context_scale, (1, 1))
     targets = place_blocks(batch_size, M, sizes, grid_size, generator)    # I-JEPA masks: B_i  [B, M, Nt]

@@ -19,7 +19,7 @@ X, an image i); its two views are x_k = t_k(x), k = 1, 2. Every image draws a t_
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
     section 3      tau_k; t, t'    V_k    f_theta, h_theta    Y[0]_k, Z[0]_k    f_xi, h_xi      Y[1]_k, Z[1]_k
 
-h is the "projector" or "expander", y the "representation" (pooled, where it is judged); Algorithm 1 leaves the
+h is the "projector" or "expander", y the "representation" (pooled, when it is judged); Algorithm 1 leaves the
 pooling before h to section 3.2. C is 8 x width (ResNet-18): 128 by default, 512 in the paper; at 32 px stack 1 reads
 maps of m = 4 and makes maps of m' = 1. The loss l of a stack, as in the papers (in the code s is divided by d and
 the sum of v halved, see below):
@@ -30,14 +30,17 @@ the sum of v halved, see below):
     v(Z) = 1/d  sum_j max(0, 1 - sqrt(Var(z^j) + eps))  each dimension j is spread      VICReg Eq. (1), (2), gamma = 1
     c(Z) = 1/d  sum_{i != j} Cov(Z)_ij^2                no two dimensions say the same  VICReg Eq. (3), (4)
 
-In the code Cov(Z) is C(Z) and the root S; in tensor shapes C is channels, S the side of a view. Algorithm 1's
-i_loss is s, its v_loss and c_loss are the sums in brackets, upsilon is nu. As in VICReg's and S-JEA's authors' code,
-s is divided by d as well and v_loss halved: section 3.2's (25, 25, 1) are weights of those terms.
+z_ki is image i's embedding, row i of Z_k, and z^j column j of Z; in Cov(Z)_ij, a covariance, i and j are dimensions.
+The functions below have VICReg's Z, Z' for Z_1, Z_2, its C(Z) for Cov(Z) and its S for the root; in tensor shapes C
+is channels, S the side of a view. Algorithm 1's i_loss is s, its v_loss and c_loss are the sums in brackets, upsilon
+is nu. As in VICReg's and S-JEA's authors' code, s is divided by d as well and v_loss halved: section 3.2's
+(25, 25, 1) are weights of those terms.
 
-Slips in the paper: f2(y1_1) in Algorithm 1 should be f2(y0_1), f_theta(X2) in section 3.1 f_theta(V2). The weighted
-sum of Figure 1 is --stack-weights, all 1 by default. Stack 1 always reads the map y0, as in section 3.2; in section
-4.3 and the authors' code (AlzbetaM/S-JEA) it reads the projector's embeddings. For all else in which paper, code and
-this script differ see the README, "Where papers and code disagree".
+Slips in the paper: f2(y1_1) in Algorithm 1 should be f2(y0_1), f_theta(X2) in section 3.1 f_theta(V2); Table 2 calls
+stacks 0 and 1 "1" and "2". The weighted sum of Figure 1 is --stack-weights, all 1 by default. Stack 1 always reads
+the map y0, as in section 3.2; by section 4.3 it can read the projector's embeddings, as in the authors' code
+(AlzbetaM/S-JEA). For all else in which paper, code and this script differ see the README, "Where papers and code
+disagree".
 
 The stem is 3x3, without max-pooling, for images up to 64 px and in every later stack; with the standard one stack 1
 would have a single cell to read at 32 px. With --stacks 1 and the same flags the trained weights are those of
@@ -50,7 +53,8 @@ vicreg.py, on a CPU bit for bit. The defaults are made for minutes on two CPU co
 --projectors 10 is a projector on stack 0 and none on stack 1, the column of Table 3 in which Table 1's figures on
 CIFAR-10 stand; Algorithm 1, and the default here, has both. AdamW stands for the authors' Adam, --lr 0.002 for its
 0.001 (a rate is given for a batch of 256). The accuracy printed is that of a classifier fitted to features of
-uncropped images; eval_linear.py CHECKPOINT --augmented 200 fits it to new crops and flips (theirs: of 8 % and more).
+uncropped images; eval_linear.py CHECKPOINT --augmented 200 fits it to flips and new crops of 30 % and more (in the
+authors' code 8 %).
 """
 import torch
 import torch.nn.functional as F
@@ -63,7 +67,7 @@ from common import View, pool
 # ---- loss terms -----------------------------------------------------------------------------
 
 def invariance(z_1, z_2):
-    """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
+    """s(Z, Z') of VICReg Eq. (5), divided by d as in its authors' code: the mean squared difference.
 
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
@@ -106,14 +110,14 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean, not the papers' sum: in the authors' code mu = 25 weighs the mean.
+        ## The mean, not the papers' sum: in VICReg's authors' code mu = 25 weighs the mean.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
     return loss, {"invariance": s, "variance": v, "covariance": c}
 
 
-def barlow_twins_loss(z_1, z_2, lambda_=0.005):                           # the paper's lambda, not VICReg's
+def barlow_twins_loss(z_1, z_2, lambda_=0.005):                           # Barlow Twins' lambda
     """L_BT of Barlow Twins Eq. (1): another base to stack on, which S-JEA's paper does not try.
 
     Zbontar et al. 2021, https://arxiv.org/abs/2103.03230. z_1, z_2 and what is returned: as in vicreg_loss.
@@ -154,9 +158,9 @@ class SJEA(nn.Module):
             with_projector = args.projectors[stack] == "1"                # S-JEA Table 3
             self.h.append(projector(channels, args.projector) if with_projector else nn.Identity())
 
-    def maps(self, x):
+    def maps(self, x_k):
         """View k [B, 3, S, S] -> [y0_k, y1_k, ...]: every stack's map before pooling [B, C, m, m]."""
-        y, ys = x, []
+        y, ys = x_k, []
         for f in self.f:
             ## Nothing is pooled or resized between stacks: stack 1 sees what f[0] found, and where in the image.
             ## With --stop-gradient, proposed in section 4.3, loss1 cannot train f[0], and stack 0 is plain VICReg.
@@ -181,8 +185,8 @@ class SJEA(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(T_1, T_2): each image's t_k is a draw from T_k. As in S-JEA's or VICReg's published code, or crops and flips."""
-    # What a View leaves out: p_flip 0.5, p_jitter 0.8, jitter (0.4, 0.4, 0.2, 0.1), p_grey 0.2, no blur or solarizing
+    """(T_1, T_2): view k of an image is t_k(x), t_k a draw from T_k. S-JEA's or VICReg's code's, or crops and flips."""
+    # A View's defaults: p_flip 0.5, p_jitter 0.8, jitter (0.4, 0.4, 0.2, 0.1), p_grey 0.2, no blur or solarizing
     crop = (args.crop_min, 1.0)
     blur = float(args.image_size > 64)                                    # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
@@ -229,7 +233,7 @@ def arguments(argv=None):
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.8 on shapes; else 0.3, of vicreg 0.08)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 suits a small d)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 was chosen with AdamW, at a small d)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, adamw (default --lr: 0.03) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="sjea", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
@@ -259,7 +263,7 @@ def main(argv=None):
         print(f"stack {stack}: {f_million + h_million:.2f} M parameters "
               f"(encoder {f_million:.2f}, projector {h_million:.2f})")
     print(f"all stacks: {common.count_parameters(model) / 1e6:.2f} M parameters")
-    features = common.train(args, model, training_step, data)             # the loop: backward, step, log, checkpoint
+    features = common.train(args, model, training_step, data)             # the loop, "for x in dataloader": backward, step, log
     eval_linear.main(["--device", args.device, "--", f"{args.out}/checkpoint.pt"], data, features)
 
 

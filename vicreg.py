@@ -41,7 +41,7 @@ from common import View, pool
 # ---- loss terms -----------------------------------------------------------------------------
 
 def invariance(z_1, z_2):
-    """s(Z, Z') of VICReg Eq. (5), divided by d as in the authors' code: the mean squared difference.
+    """s(Z, Z') of VICReg Eq. (5), divided by d as in its authors' code: the mean squared difference.
 
     z_1, z_2: [n, d] embeddings of the two views. Returns a scalar >= 0.
     """
@@ -84,7 +84,7 @@ def vicreg_loss(z_1, z_2, lambda_, mu, nu):
     with torch.autocast(z_1.device.type, enabled=False):                  # bf16 would round the covariance
         z_1, z_2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_1, z_2))
         s = invariance(z_1, z_2)
-        ## The mean, not the papers' sum: in the authors' code mu = 25 weighs the mean.
+        ## The mean, not the papers' sum: in VICReg's authors' code mu = 25 weighs the mean.
         v = (variance(z_1) + variance(z_2)) / 2
         c = covariance(z_1) + covariance(z_2)
         loss = lambda_ * s + mu * v + nu * c                              # VICReg Eq. (6)
@@ -123,8 +123,8 @@ class VICReg(nn.Module):
 # ---- one training step ----------------------------------------------------------------------
 
 def transformations(args):
-    """(T_1, T_2): each image's t_k is a draw from T_k. As in S-JEA's or VICReg's published code, or crops and flips."""
-    # What a View leaves out: p_flip 0.5, p_jitter 0.8, jitter (0.4, 0.4, 0.2, 0.1), p_grey 0.2, no blur or solarizing
+    """(T_1, T_2): view k of an image is t_k(x), t_k a draw from T_k. S-JEA's or VICReg's code's, or crops and flips."""
+    # A View's defaults: p_flip 0.5, p_jitter 0.8, jitter (0.4, 0.4, 0.2, 0.1), p_grey 0.2, no blur or solarizing
     crop = (args.crop_min, 1.0)
     blur = float(args.image_size > 64)                                    # up to 64 px VICReg's blur is left out
     if args.augmentation == "sjea":
@@ -158,7 +158,7 @@ def arguments(argv=None):
     add("--crop-min", type=number(float, 0.01, 1), help="smallest crop, as a share of the image (default: 0.8 on shapes; else 0.3, of vicreg 0.08)")
     add("--lambda", dest="lambda_", type=number(float, 0), default=25.0, help="lambda: weight of the invariance term")
     add("--mu", type=number(float, 0), default=25.0, help="mu: weight of the variance term")
-    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 suits a small d)")
+    add("--nu", type=number(float, 0), default=8.0, help="nu: weight of the covariance term (the papers: 1; 8 was chosen with AdamW, at a small d)")
     add("--width", type=number(int, 8, 1024), default=16, help="base channels of the ResNet; the standard one has 64")
     add("--optimizer", choices=("muon", "adamw", "lars"), default="muon", help="muon, adamw (default --lr: 0.03) or lars, VICReg's (0.3)")
     common.add_common_arguments(parser, method="vicreg", epochs=2, batch_size=64, lr=0.06, weight_decay=1e-4, warmup_epochs=0.5, eval_every=1)
