@@ -171,7 +171,7 @@ def arguments(argv=None):
     add("--shots", nargs="+", type=number(float, 1e-6), help="few-shot: labelled images per class, or below 1 the share of each class; 5 draws")
     add("--augmented", type=number(int, 1), metavar="EPOCHS", help="the papers' linear protocol: SGD on new crops and flips for so many epochs")
     add("--fine-tune", type=number(int, 1), metavar="EPOCHS", help="train the whole encoder on the labels")
-    add("--supervised", type=number(int, 1), metavar="EPOCHS", help="the same from scratch: the ceiling of this network and recipe")
+    add("--supervised", type=number(int, 1), metavar="EPOCHS", help="the same from scratch")
     add("--k", type=number(int, 1), default=80, help="neighbours that vote in k-NN; inside a class at most its images per sub-category")
     add("--temperature", type=number(float, 1e-3), default=0.1, help="a vote counts exp(cosine similarity / temperature)")
     add("--data-dir", help="where the dataset lies now (default: where it lay in training)")

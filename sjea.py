@@ -13,7 +13,7 @@ X, an image i); its two views are x_k = t_k(x), k = 1, 2. Every image draws a t_
     y0_k = f[0](x_k)   map [B, C, m, m]      z0_k = h[0](pool(y0_k))   embeddings [B, d]    loss0 = l(z0_1, z0_2)
     y1_k = f[1](y0_k)  map [B, C, m', m']    z1_k = h[1](pool(y1_k))                        loss1 = l(z1_1, z1_2)
     loss = loss0 + loss1, one step for both: loss0 trains f[0] and h[0], loss1 trains f[0], f[1] and h[1]
-    ("stack-wise" in section 3.2: a loss per stack, all trained together; in 4.3: no gradient between stacks)
+    ("stack-wise" in section 3.2: a loss per stack, all trained together; in 4.3, proposed: no gradient between stacks)
 
     here           t_k             x_k    f[0], h[0]          y0_k, z0_k        f[1], h[1]      y1_k, z1_k
     Algorithm 1    transform       x_k    f1, h1              y0_k, z0_k        f2, h2          y1_k, z1_k
