@@ -1054,7 +1054,8 @@ def train(args, model, training_step, data, after_step=None):
     first, so_far, seconds, history, features = 0, {}, 0.0, [], None    # so_far, {term: its values}, and seconds are of this epoch
 
     with claimed(out, args.resume) if rank == 0 else nullcontext(), stop_signals() as signals, denormals_flushed(), \
-            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5, leave=False, disable=rank > 0) as bar:
+            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5 if sys.stderr.isatty() else 60, leave=False,
+                 disable=rank > 0) as bar:                         # a log file gets a few a minute
         if args.resume:
             first, so_far, seconds, history = restore(args, model, optimizer, len(data.images))
         config = {**vars(args), "command": shlex.join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -1322,7 +1323,7 @@ def effective_rank(z):
     direction, in units of VICReg's gamma. So it is 1 where all embeddings have become one vector, even if a little
     noise is left, and at most min(n, d + 1). The log holds that of each epoch's last batch.
     """
-    z = z.detach().float().cpu()
+    z = z.detach().cpu().double()              # squares of a run that diverges have no float
     eigenvalues = torch.linalg.svdvals(z - z.mean(0)).pow(2) / (len(z) - 1)
     p = torch.cat([eigenvalues, torch.ones(1)]) / (eigenvalues.sum() + 1)
     return torch.special.entr(p).sum().exp().item()

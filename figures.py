@@ -180,7 +180,7 @@ def spectrum(runs):
     axis = figure.subplots()
     for k, run in enumerate(runs):
         for j, (level, z) in enumerate(run.features.items() if len(run.images) > 1 else ()):
-            eigenvalues = torch.linalg.eigvalsh(z.float().T.cov().cpu()).flip(0)[:len(z) - 1].clamp(min=1e-6)    # .cpu(): mps has no eigvalsh
+            eigenvalues = torch.linalg.eigvalsh(z.cpu().double().T.cov()).flip(0)[:len(z) - 1].clamp(min=1e-6)    # mps has neither eigvalsh nor doubles
             axis.plot(range(1, len(eigenvalues) + 1), eigenvalues.numpy(), ["-", "--", ":", "-."][j % 4], color=COLOURS[(3 * k + 4 * j) % 10],
                       label=f"{run.name}: level {level}, effective rank {common.effective_rank(z):.1f}")
     if not axis.lines:

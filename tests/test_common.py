@@ -876,7 +876,8 @@ def test_knn_equals_a_double_loop():
 def test_effective_rank():
     """Many equal directions count each, one repeated vector (with faint noise) is 1, a known spectrum as numpy has it."""
     generator = torch.Generator().manual_seed(0)
-    assert common.effective_rank(1000 * torch.cat([torch.eye(8), -torch.eye(8)])) == pytest.approx(8, rel=1e-3)
+    for scale in (1e3, 1e19):                  # squares above 1e38 have no float
+        assert common.effective_rank(scale * torch.cat([torch.eye(8), -torch.eye(8)])) == pytest.approx(8, rel=1e-3)
     repeated = torch.ones(50, 8) * torch.arange(1.0, 9.0)
     assert common.effective_rank(repeated) == pytest.approx(1, abs=1e-6)
     assert common.effective_rank(repeated + 0.01 * torch.randn(50, 8, generator=generator)) == pytest.approx(1, abs=0.02)
@@ -1043,6 +1044,26 @@ def test_the_bar_of_a_resumed_epoch_counts_its_own_steps(tiny_run, tmp_path, mon
     capsys.readouterr()
     tiny_run("vicreg", "--epochs", "1", "--resume", out=tmp_path / "run")
     assert set(re.findall(r"([\d.]+) images/s, loss", capsys.readouterr().err)) == {"32.00"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_moves_seldom_in_a_log_file(terminal, tiny_run, monkeypatch, capsys):
+    """By a clock that ticks ten seconds a step: every step on a terminal, no step of the first minute in a file."""
+    class Bar(common.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._time, self.start_t, self.last_print_t = (lambda: 10 * len(ticks)), 0, 0
+
+        def update(self, n=1):
+            ticks.append(n)
+            return super().update(n)
+
+    ticks = []
+    monkeypatch.setattr(common, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    tiny_run("vicreg", "--epochs", "1")
+    moved = {int(n) for n in re.findall(r"(\d+)/128 \[", capsys.readouterr().err)}
+    assert moved - {0, 128} == ({32, 64, 96} if terminal else set())       # the bar of a whole epoch is drawn as it goes
 
 
 def test_a_warm_up_of_part_of_an_epoch(byol, tiny_run, monkeypatch):
