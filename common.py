@@ -173,6 +173,11 @@ def keep_memory():
         libc.mallopt(-1, -1)                   # M_TRIM_THRESHOLD: nothing goes back
 
 
+def progress(*args, **options):
+    """tqdm's bar, of the first process alone; on a terminal it moves twice a second, in a log file a few times a minute."""
+    return tqdm(*args, **options, leave=False, mininterval=0.5 if sys.stderr.isatty() else 60, disable=process()[0] > 0)
+
+
 @contextmanager
 def denormals_flushed():
     """Inside, numbers below 1e-38 are 0: momentum fades to them, and an Intel CPU computes with them many times slower.
@@ -416,7 +421,7 @@ def read_all(images, skip, keep):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = torch.arange(len(images)).split(5000)                      # a million tasks at once would fill a memory themselves
         decoded = (image for part in parts for image in pool.map(images.__getitem__, part.tolist()))
-        for i, image in enumerate(tqdm(decoded, f"reading {images.root}", len(images), leave=False, disable=process()[0] > 0)):
+        for i, image in enumerate(progress(decoded, f"reading {images.root}", len(images))):
             readable[i] = not isinstance(image, str)
             if not readable[i] and not skip:
                 raise Unusable(f"argument --data-dir: {image}; --skip-bad-images goes on without it")
@@ -1054,8 +1059,7 @@ def train(args, model, training_step, data, after_step=None):
     first, so_far, seconds, history, features = 0, {}, 0.0, [], None    # so_far, {term: its values}, and seconds are of this epoch
 
     with claimed(out, args.resume) if rank == 0 else nullcontext(), stop_signals() as signals, denormals_flushed(), \
-            tqdm(total=per_epoch, unit=" images", unit_scale=args.batch_size, mininterval=0.5 if sys.stderr.isatty() else 60, leave=False,
-                 disable=rank > 0) as bar:                         # a log file gets a few a minute
+            progress(total=per_epoch, unit=" images", unit_scale=args.batch_size) as bar:
         if args.resume:
             first, so_far, seconds, history = restore(args, model, optimizer, len(data.images))
         config = {**vars(args), "command": shlex.join(sys.argv), "torch": torch.__version__, "torchvision": torchvision.__version__}

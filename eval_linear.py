@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import trange
 
 import common
 
@@ -143,7 +142,7 @@ def train_classifier(model, levels, data, label, args, epochs, lr, frozen):
     whole = label in ("pose", "count", "distance")    # labels of shapes that a flip, or a crop, would make wrong
     view = common.View((1.0 if whole else 0.3, 1.0), p_flip=0.0 if whole else 0.5, p_jitter=0.0, p_grey=0.0)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    for _ in trange(epochs, desc="epochs", leave=False):
+    for _ in common.progress(range(epochs), "epochs"):
         model.train(not frozen)
         batches = torch.randperm(len(x), generator=generator, device=args.device)[:per_epoch * batch].split(batch)
         for chosen, images in zip(batches, common.load_batches(x, batches, args.device)):
