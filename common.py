@@ -193,6 +193,7 @@ def denormals_flushed():
 
 def command_line(main):
     """Run main() with the exit codes of every script: 0 done, 1 the run failed, 2 unusable input."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))      # None where the shell closed it
     keep_memory()
     with denormals_flushed():
         torch.ones(2**20).sqrt()               # starts torch's other threads, which keep to it
@@ -220,6 +221,8 @@ def command_line(main):
         line, signs = f"{error} What was saved is whole.", ("allocate memory", "out of memory", "ALLOC_FAILED")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in line for sign in signs):
             line = "out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole."
+        elif "by peer" in line:                # gloo's: the connection was closed, or reset
+            line = "another process has ended; it says why. What was saved is whole."
         elif "DataLoader worker" not in line:  # which are killed, in most cases for their memory or a small /dev/shm
             raise
     if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -355,7 +358,7 @@ def list_images(part, known):
     Beside them the "folders" and when each "changed". What load_folder kept of all this in the file `known` is returned
     while no folder has changed; "new" marks a fresh list. Raises Unusable or OSError.
     """
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):    # there is none, or a damaged one
+    with suppress(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):     # there is none, or a damaged one
         index = dict(np.load(known))                                       # no pickle: loading it runs no code
         if [os.stat(os.fsencode(part) + b"/" + folder).st_mtime_ns for folder in index["folders"]] == index["changed"].tolist():
             return index
@@ -424,6 +427,7 @@ def read_all(images, skip, keep):
         for i, image in enumerate(progress(decoded, f"reading {images.root}", len(images))):
             readable[i] = not isinstance(image, str)
             if not readable[i] and not skip:
+                pool.shutdown(cancel_futures=True)     # else all the others of the part are decoded first
                 raise Unusable(f"argument --data-dir: {image}; --skip-bad-images goes on without it")
             if readable[i] and keep:
                 whole[i] = image
@@ -1072,7 +1076,7 @@ def train(args, model, training_step, data, after_step=None):
         forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
         forward = torch.compile(forward) if args.compile else forward
         generator = torch.Generator(device)
-        unread, saved = [], time.monotonic()
+        unread, saved, began = [], time.monotonic(), time.perf_counter() - seconds
         names = (history[0] if history else so_far).keys() - LOGGED - OPTIONAL    # none in a new run
 
         for step, images in enumerate(load_batches(data.images, draw_batches(data.images, args, first, steps), device), first):
@@ -1081,7 +1085,7 @@ def train(args, model, training_step, data, after_step=None):
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 bar.reset(per_epoch)
                 bar.initial = bar.n = bar.last_print_n = i
-                began, ask = time.perf_counter() - seconds, i     # ask: from which step on processes decide together
+                ask = i                                           # from which step on processes decide together
             generator.manual_seed(args.seed * 1_000_003 + step)
             with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 loss, terms, embeddings = training_step(forward, images, args, generator)
@@ -1147,6 +1151,7 @@ def train(args, model, training_step, data, after_step=None):
                 write_log(history, out)
                 if rank == 0:
                     report(history, args.epochs, len(data.test_images))
+                began = time.perf_counter()                       # the next epoch waits for its first batch, too
             if stop := from_first(signals[:1]):                   # asked for only now: it may have come while the features were judged
                 bar.close()
                 again = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
@@ -1433,7 +1438,7 @@ def draw_curves(logs):
                 draw(axis, k, f"level {level}", [(row["epoch"], row[field][level]) for row in rows])
     for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank", "standard deviation", "k-NN accuracy")):
         axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()

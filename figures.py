@@ -148,7 +148,7 @@ def over_epochs(runs, what, values):
     if not axis.lines:
         return None
     axis.set(title=what, xlabel="epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
@@ -236,18 +236,18 @@ def predictions(runs):
     others = run.images[n:n + 500]             # never the image itself
     s_y = torch.cat([run.model.target_encoder(scale(part)) for part in others.split(50)])   # [500, N, D]
     bank = torch.nn.functional.layer_norm(s_y, s_y.shape[-1:]).flatten(0, 1)                # [500 N, D]
-    pixels = common.patches(others.float(), p).flatten(0, 1)                                # [500 N, 3 p p]
+    pixels = common.patches(others, p).flatten(0, 1)                                        # [500 N, 3 p p]
     figure, axes = panels(3, n, 1.6)
     for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):
         nearest = pixels[torch.cdist(s.flatten(0, 1), bank).argmin(1)]                      # [M Nt, 3 p p]
         image, seen, block, nearest = (t.cpu() for t in (image, seen, block, nearest))
-        real = common.patches(image[None].float(), p)[0]                                    # [N, 3 p p]
-        shown = torch.full_like(real, 217.0)
+        real = common.patches(image[None], p)[0]                                            # [N, 3 p p]
+        shown = torch.full_like(real, 217)
         shown[seen] = real[seen]
         filled = shown.clone()
         filled[block.flatten()] = nearest      # where blocks overlap, one of the predictions
         for axis, patches in zip(column, (shown, filled, real)):
-            axis.imshow(patches.view(grid, grid, 3, p, p).permute(0, 3, 1, 4, 2).reshape(grid * p, grid * p, 3).numpy() / 255)
+            axis.imshow(picture(torch.nn.functional.pixel_shuffle(patches.mT.unflatten(1, (grid, grid)), p)))   # undoes common.patches
     for axis, name in zip(axes[:, 0], ("context", "+ predictions", "image")):
         axis.set_ylabel(name)
     figure.suptitle(f"{run.name}: predicted features as the nearest real patches of {len(others)} other images")
@@ -345,7 +345,9 @@ def main(argv=None):
         else:
             figure = FIGURES[name](runs)
             if figure is None and options.only:
-                raise common.Unusable(f"argument --only: nothing for {name} in {len(runs)} run{'s' * (len(runs) > 1)} of {runs[0].args.method}.py")
+                methods = ", ".join(dict.fromkeys(f"{run.args.method}.py" for run in runs))
+                raise common.Unusable(f"argument --only: nothing for {name} in {len(runs)} run{'s' * (len(runs) > 1)} of {methods}"
+                                      "; views, masks and predictions are of the first alone")
             if figure is None:
                 continue
             path = folder / f"{name}.png"

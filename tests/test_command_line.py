@@ -330,3 +330,10 @@ def test_as_a_command(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sjea.py", "--stacks", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "sjea.py: argument --stacks: 0 is not in [1, 16]\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_costs_no_run(closed, made, tmp_path):
+    """As a daemon may start it: with nowhere to print to."""
+    command = f"{sys.executable} {ROOT / 'vicreg.py'} --dataset folder --data-dir {made / 'good'} --image-size 32 --width 8 --projector 16-16 --batch-size 2 --epochs 1 --warmup-epochs 0 --out {tmp_path / 'run'} {closed}"
+    assert subprocess.run(["bash", "-c", command]).returncode == 0 and (tmp_path / "run" / "eval.json").exists()

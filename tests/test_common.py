@@ -1076,17 +1076,23 @@ def test_a_warm_up_of_part_of_an_epoch(byol, tiny_run, monkeypatch):
 
 
 def test_epochs_last_as_long_as_their_steps(byol, tiny_run, tmp_path, monkeypatch):
-    """By a clock that ticks once a step: four seconds an epoch, also where a run was stopped within one and went on."""
-    ticks, step = [], byol.training_step
+    """By a clock that ticks while a batch is waited for: four seconds an epoch, also where a run was stopped within one and went on."""
+    waits, steps, load_batches, step = [], [], common.load_batches, byol.training_step
 
-    def ticking(*given):
-        ticks.append(None)
-        if len(ticks) == 6:
+    def late(*given):
+        for batch in load_batches(*given):
+            waits.append(None)
+            yield batch
+
+    def interrupted(*given):
+        steps.append(None)
+        if len(steps) == 6:
             signal.raise_signal(signal.SIGINT)
         return step(*given)
 
-    monkeypatch.setattr(byol, "training_step", ticking)
-    monkeypatch.setattr(common.time, "perf_counter", lambda: float(len(ticks)))
+    monkeypatch.setattr(common, "load_batches", late)
+    monkeypatch.setattr(byol, "training_step", interrupted)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(len(waits)))
     with pytest.raises(SystemExit):
         tiny_run("byol", "--epochs", "3", out=tmp_path / "run")
     tiny_run("byol", "--epochs", "3", "--resume", out=tmp_path / "run")

@@ -659,6 +659,14 @@ def test_an_image_that_cannot_be_read_is_named_or_skipped(kind, tmp_path, capsys
     assert "skipped 1 of 2 images" in capsys.readouterr().err
 
 
+def test_a_bad_image_is_named_before_the_others_are_read(tmp_path, monkeypatch):
+    root, read, getitem = folder_of(tmp_path / "data", a__png=b"no image", **{f"b{i}__png": b"no image" for i in range(300)}), [], common.Stream.__getitem__
+    monkeypatch.setattr(common.Stream, "__getitem__", lambda images, i: time.sleep(0.01) or read.append(i) or getitem(images, i))
+    with pytest.raises(common.Unusable, match="cannot read the image .*a.png"):
+        load_folder(root)
+    assert len(read) < 100
+
+
 def test_nothing_but_bad_images_is_refused(tmp_path):
     root = folder_of(tmp_path / "data")
     (root / "train" / "cat" / "good.png").write_bytes(b"")
@@ -873,6 +881,9 @@ def test_a_streamed_folder_is_listed_once(pictures, tmp_path, monkeypatch, capsy
     assert load_folder(pictures, "--stream").train_labels["class"].bincount().tolist() == [33, 32, 1]
     (pictures / "train-index.npz").write_bytes((pictures / "train-index.npz").read_bytes()[:500])
     assert loaded() == (66, 17, {"train"})
+    (pictures / "test-index.npz").write_bytes(b"")
+    np.save(open(pictures / "train-index.npz", "wb"), np.zeros(3))
+    assert loaded() == (66, 17, {"train", "test"})
     (pictures / "test-index.npz").write_bytes(b"")
     np.save(open(pictures / "train-index.npz", "wb"), np.array([Evil(tmp_path / "marker")], dtype=object), allow_pickle=True)
     assert loaded() == (66, 17, {"train", "test"}) and not (tmp_path / "marker").exists()

@@ -46,6 +46,8 @@ def test_every_figure_that_applies_is_written(runs, capsys, monkeypatch):
             assert pixels.shape[0] > 200 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20, path
         with pytest.raises(common.Unusable, match=f"--only: nothing for {min(missing)} in 1 run of {method}.py"):
             figures.main([str(runs[method].path), "--images", "60", "--only", min(missing)])
+    with pytest.raises(common.Unusable, match="nothing for masks in 2 runs of sjea.py, ijepa.py; views, masks and predictions are of the first alone"):
+        figures.main([str(runs["sjea"].path), str(runs["ijepa"].path), "--images", "60", "--only", "masks"])
 
 
 def lines(figure):
@@ -57,6 +59,9 @@ def test_curves_show_the_log(runs):
     for stack in ("0", "1"):
         assert lines(figures.covariance([runs["sjea"]]))[f"sjea: covariance_{stack}"] == ([1, 2], [row[f"covariance_{stack}"] for row in history])
         assert lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))[f"sjea: level {stack}"] == ([1, 2], [100 * row["knn"][stack] for row in history])
+    once = dataclasses.replace(runs["sjea"], history=history[-1:])         # k-NN measured once, say
+    for axis in (figures.accuracy([once]).axes[0], *common.draw_curves({"": once.history}).axes[2:]):
+        assert all(tick == round(tick) for tick in axis.get_xticks())      # no epoch 1.9
     assert set(lines(figures.accuracy([runs["sjea"], runs["ijepa"]]))) == {"sjea: level 0", "sjea: level 1", "ijepa: level target", "ijepa: level context"}
 
 

@@ -313,6 +313,20 @@ def test_processes_with_unequal_data_do_not_judge():
     assert run(judge_unequal_data, 2) == [2, 2]
 
 
+def in_one_folder(folder):
+    """vicreg.py into a folder that holds a log: the first process alone looks there. Each process's words end up in `folder`."""
+    sys.argv, sys.stderr = ["vicreg.py"], open(folder / f"{os.environ['RANK']}.txt", "w")
+    common.load_shapes = conftest.tiny_shapes
+    common.command_line(lambda: importlib.import_module("vicreg").main(small("vicreg", "--batch-size", "32", "--out", str(folder))))
+
+
+def test_what_the_first_process_refuses_is_no_traceback_of_the_others(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("a log\n")
+    assert run(in_one_folder, 2, tmp_path) == [2, 1]
+    words = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert "already holds a run" in words[0] and words[1] == "vicreg.py: another process has ended; it says why. What was saved is whole.\n"
+
+
 def load_here(folder):
     """eval_linear.load() of a checkpoint that is on the first machine alone."""
     rank = int(os.environ["RANK"])
