@@ -236,11 +236,11 @@ def predictions(runs):
     others = run.images[n:n + 500]             # never the image itself
     s_y = torch.cat([run.model.target_encoder(scale(part)) for part in others.split(50)])   # [500, N, D]
     bank = torch.nn.functional.layer_norm(s_y, s_y.shape[-1:]).flatten(0, 1)                # [500 N, D]
-    pixels = common.patches(others, p).flatten(0, 1)                                        # [500 N, 3 p p]
+    pixels = common.patches(others.cpu(), p).flatten(0, 1)                                  # [500 N, 3 p p]
     figure, axes = panels(3, n, 1.6)
     for column, image, seen, block, s in zip(axes.T, run.images, context, targets, s_hat):
-        nearest = pixels[torch.cdist(s.flatten(0, 1), bank).argmin(1)]                      # [M Nt, 3 p p]
-        image, seen, block, nearest = (t.cpu() for t in (image, seen, block, nearest))
+        nearest = pixels[torch.cdist(s.flatten(0, 1), bank).argmin(1).cpu()]                # [M Nt, 3 p p]
+        image, seen, block = image.cpu(), seen.cpu(), block.cpu()
         real = common.patches(image[None], p)[0]                                            # [N, 3 p p]
         shown = torch.full_like(real, 217)
         shown[seen] = real[seen]
