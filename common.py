@@ -1437,8 +1437,8 @@ def draw_curves(logs):
             for k, level in enumerate(rows[0][field] if rows else ()):
                 draw(axis, k, f"level {level}", [(row["epoch"], row[field][level]) for row in rows])
     for axis, title in zip(axes, ("loss", "loss terms, unweighted", "effective rank", "standard deviation", "k-NN accuracy")):
-        axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.set(title=title, xlabel="epoch", xlim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()

@@ -147,8 +147,8 @@ def over_epochs(runs, what, values):
                       color=COLOURS[(3 * k + 4 * j) % 10], marker=MARKERS[j % 10], linestyle=["-", "--", ":", "-."][(j % 2 + j // 10 * 2) % 4])
     if not axis.lines:
         return None
-    axis.set(title=what, xlabel="epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set(title=what, xlabel="epoch", xlim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
