@@ -222,7 +222,7 @@ def command_line(main):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in line for sign in signs):
             line = "out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole."
         elif "by peer" in line:                # gloo's: the connection was closed, or reset
-            line = "another process has ended; it says why. What was saved is whole."
+            line = "another process has ended. What was saved is whole."
         elif "DataLoader worker" not in line:  # which are killed, in most cases for their memory or a small /dev/shm
             raise
     if code == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0:

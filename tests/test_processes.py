@@ -324,7 +324,7 @@ def test_what_the_first_process_refuses_is_no_traceback_of_the_others(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("a log\n")
     assert run(in_one_folder, 2, tmp_path) == [2, 1]
     words = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert "already holds a run" in words[0] and words[1] == "vicreg.py: another process has ended; it says why. What was saved is whole.\n"
+    assert "already holds a run" in words[0] and words[1] == "vicreg.py: another process has ended. What was saved is whole.\n"
 
 
 def load_here(folder):
