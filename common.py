@@ -221,7 +221,7 @@ def command_line(main):
         line, signs = f"{error} What was saved is whole.", ("allocate memory", "out of memory", "ALLOC_FAILED")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in line for sign in signs):
             line = "out of memory; try a smaller --batch-size, --image-size, or network. What was saved is whole."
-        elif "by peer" in line:                # gloo's: the connection was closed, or reset
+        elif "by peer" in line or "Broken pipe" in line:                     # gloo's: the connection was closed, or reset
             line = "another process has ended. What was saved is whole."
         elif "DataLoader worker" not in line:  # which are killed, in most cases for their memory or a small /dev/shm
             raise
@@ -944,7 +944,7 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 g = p.grad
                 if group["lars"]:
                     g = g + group["weight_decay"] * p
@@ -968,7 +968,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         for group in self.param_groups:
             by_shape = {}                      # matrices of one shape are orthogonalised together
-            for p in group["params"] if group["muon"] else ():
+            for p in (p for p in group["params"] if group["muon"] and p.grad is not None):
                 state = self.state[p]
                 if not state:                  # AdamW looks for a step when it loads a state
                     state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)

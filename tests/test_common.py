@@ -811,6 +811,18 @@ def test_muon_is_torchs(bf16):
         assert (a - b).norm() < 0.02 * (b - w).norm()
 
 
+@pytest.mark.parametrize("optimizer, group", ((common.LARS, {}), (common.Muon, {"muon": True})))
+def test_a_weight_without_a_gradient_is_passed_over(optimizer, group):
+    """As by torch's optimizers: a loss may reach a weight in some steps alone. The others move as they would by themselves."""
+    weights, gradients = matrices_and_vectors()
+    ours, theirs = ([nn.Parameter(w.clone()) for w in weights[:2]] for _ in range(2))
+    both, alone = (optimizer([{"params": parameters, "weight_decay": 0.3, **group}], lr=0.0) for parameters in (ours, theirs[:1]))
+    run_optimizer(both, ours[:1], [gs[:1] for gs in gradients])
+    run_optimizer(alone, theirs[:1], [gs[:1] for gs in gradients])
+    assert torch.equal(ours[0], theirs[0]) and not torch.equal(ours[0], weights[0])
+    assert torch.equal(ours[1], weights[1]) and ours[1] not in both.state
+
+
 def test_learning_rate():
     """Linear from peak / warmup to peak, a cosine with its middle at half, peak / 1000 at the very last step."""
     rate = lambda step: common.learning_rate(step, 111, 10, 2.0)

@@ -367,14 +367,18 @@ def test_out_of_memory_says_what_to_lower(tmp_path):
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 8
 
 
-@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
-def test_cudas_own_messages_count_as_out_of_memory(message, monkeypatch, capsys):
+@pytest.mark.parametrize("message, words", [
+    ("CUDA error: out of memory", "out of memory"), ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
+    ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5678", "another process has ended"),
+    ("[gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]:5678: Connection reset by peer", "another process has ended"),
+    ("[gloo/transport/tcp/pair.cc:268] writev [127.0.0.1]:5678: Broken pipe", "another process has ended")])
+def test_messages_of_cuda_and_gloo_in_our_words(message, words, monkeypatch, capsys):
     def main():
         raise RuntimeError(message)
     monkeypatch.setattr(sys, "argv", ["vicreg.py"])
     with pytest.raises(SystemExit) as stop:
         common.command_line(main)
-    assert stop.value.code == 1 and capsys.readouterr().err.startswith("vicreg.py: out of memory")
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith(f"vicreg.py: {words}")
 
 
 def test_a_killed_worker_is_one_line_and_a_fault_in_the_code_keeps_its_traceback(monkeypatch, capsys):
