@@ -856,6 +856,23 @@ def test_only_weights_are_decayed(name):
 
 # ---- Judging ---------------------------------------------------------------------------------
 
+def test_extract_is_the_model_on_every_image():
+    """In evaluation mode, image by image: 101 are a full part and one more. The model is left as it was."""
+    args = sjea.arguments(["--width", "8", "--projectors", "00", "--precision", "fp32", "--device", "cpu"])
+    torch.manual_seed(0)
+    model, images = sjea.SJEA(args).train(), common.make_shapes(101, 32, 0)[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    features = common.extract(model, images, args)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    model.eval()
+    with torch.no_grad():
+        single = [model.representations((image[None] / 255 - mean) / std) for image in images]
+    assert features.keys() == single[0].keys()
+    for level in features:
+        assert_close(features[level], torch.cat([row[level] for row in single]), atol=1e-4)
+
+
 def loop_knn(train, labels, test, test_labels, k, temperature):
     correct = 0
     for x, label in zip(test, test_labels):
