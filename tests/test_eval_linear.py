@@ -29,9 +29,9 @@ def blobs(seed, n, classes=7, d=12):
     return (centres[y] + torch.randn(n, d, generator=generator)) * torch.logspace(-3, 3, d) + 5, y
 
 
-@pytest.mark.parametrize("l2", [1e-3, 0.3])
+@pytest.mark.parametrize("l2", [1e-3, 1.0])
 def test_linear_probe_equals_scikit_learn(l2):
-    """The same objective, so nearly every single prediction agrees: top-1 within 0.2 points, top-5 within 0.2. (With l2 = 0.3 twice the weight on ||W||^2 would cost 2.5 points.)"""
+    """The same objective, so nearly every single prediction agrees: top-1 within 0.2 points, top-5 within 0.2. (With l2 = 1 two thirds of the weight on ||W||^2 would gain 2.8 points.)"""
     (x, y), (x_test, y_test) = blobs(1, 2000), blobs(2, 3000)
     scaler = StandardScaler().fit(x.double().numpy())
     reference = LogisticRegression(C=1 / (l2 * len(x)), max_iter=5000, tol=1e-8).fit(scaler.transform(x.double().numpy()), y)
