@@ -1104,8 +1104,9 @@ def test_a_warm_up_of_part_of_an_epoch(byol, tiny_run, monkeypatch):
     assert rates[::2] == rates[1::2] == pytest.approx([0.005, 0.01, *cosine])    # of two groups, weights and others
 
 
-def test_epochs_last_as_long_as_their_steps(byol, tiny_run, tmp_path, monkeypatch):
-    """By a clock that ticks while a batch is waited for: four seconds an epoch, also where a run was stopped within one and went on."""
+@pytest.mark.parametrize("stopped", [6, 8])
+def test_epochs_last_as_long_as_their_steps(stopped, byol, tiny_run, tmp_path, monkeypatch):
+    """By a clock that ticks while a batch is waited for: four seconds an epoch, also where a run was stopped within one, or after, and went on."""
     waits, steps, load_batches, step = [], [], common.load_batches, byol.training_step
 
     def late(*given):
@@ -1115,7 +1116,7 @@ def test_epochs_last_as_long_as_their_steps(byol, tiny_run, tmp_path, monkeypatc
 
     def interrupted(*given):
         steps.append(None)
-        if len(steps) == 6:
+        if len(steps) == stopped:
             signal.raise_signal(signal.SIGINT)
         return step(*given)
 
