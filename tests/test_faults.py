@@ -249,6 +249,15 @@ def test_every_failing_call_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkey
         assert {path.name for path in tmp_path.iterdir()} <= set(common.CHECKPOINTS)
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    """All its bytes are synchronised, then it is renamed: else a machine that loses power may keep the name and lose the bytes."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (fsync(descriptor), done.append(os.fstat(descriptor).st_size)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (replace(*paths), done.append([path.name for path in paths])))
+    common.write(tmp_path / "log", lambda file: file.write(b"abc"))
+    assert done == [3, ["log.tmp", "log"]]
+
+
 def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path):
     """A tmpfs with room for two checkpoints and a half, then one with room for all."""
     size = (undisturbed("vicreg") / "checkpoint.pt").stat().st_size
