@@ -1287,6 +1287,20 @@ def test_shapes_are_two_seeds_of_their_own(monkeypatch):
     assert made == [(20000, 48, 1), (4000, 48, 2)]
 
 
+def test_a_figure_of_the_log_is_freed_at_once(tmp_path, monkeypatch):
+    """Those of all epochs would stay until Python looks for cycles, some 2 MB each."""
+    made, draw = [], common.draw_curves
+
+    def noted(logs):
+        figure = draw(logs)
+        made.append(weakref.ref(figure))
+        return figure
+
+    monkeypatch.setattr(common, "draw_curves", noted)
+    common.write_log([{"epoch": 1, "loss": 1.0, "effective_rank": {"0": 1.0}, "feature_std": {"0": 1.0}}], tmp_path)
+    assert [figure() for figure in made] == [None]
+
+
 @pytest.mark.parametrize("term, scale", [(-0.5, "linear"), (0.5, "log")])
 def test_terms_are_drawn_whatever_their_sign(monkeypatch, term, scale):
     made, figure = [], common.Figure

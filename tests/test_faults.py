@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -914,6 +915,18 @@ def test_an_index_that_cannot_be_written_is_a_warning(pictures, monkeypatch, cap
     assert len(load_folder(pictures, "--stream").images) == 64
     error = capsys.readouterr().err
     assert error.startswith("warning: ") and "train-index.npz" in error and error.count("\n") == 1
+
+
+def test_workers_leave_signals_and_the_folder_to_the_trainer(pictures, tmp_path):
+    """Ctrl-C reaches them, too, and the trainer still needs its batches; one that outlives the trainer keeps no --resume out of the folder."""
+    images, out = load_folder(pictures, "--stream").images, tmp_path / "run"
+    with closing(common.load_batches(images, torch.arange(64).split(1), "cpu")) as batches:
+        with common.claimed(out, resume=False):
+            for _ in range(16):                # by then each of the workers, 16 at most, has begun
+                next(batches)
+        with common.claimed(out, resume=True):
+            assert [os.kill(worker.pid, each) for worker in multiprocessing.active_children() for each in (signal.SIGINT, signal.SIGTERM)]
+        assert len(list(batches)) == 48
 
 
 def test_a_foreign_checkpoint_writes_no_index(pictures):
