@@ -359,6 +359,18 @@ def test_more_processes_than_gpus_are_refused(rank, monkeypatch):
         common.join_processes("cuda")
 
 
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch):
+    """Here the second process of the second of two nodes with two GPUs each."""
+    taken, joined = [], []
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for module, name, value in ((torch.cuda, "device_count", lambda: 2), (torch.cuda, "set_device", taken.append),
+                                (common.dist, "init_process_group", lambda backend, timeout: joined.append((backend, *taken)))):
+        monkeypatch.setattr(module, name, value)
+    common.join_processes("cuda")
+    assert joined == [("nccl", 1)]
+
+
 def test_processes_do_not_meet_on_mps(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(common.Unusable, match="--device: processes of torchrun meet on cpu or cuda, not on mps"):
